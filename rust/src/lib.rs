@@ -1,0 +1,8 @@
+//! The core of tcmu-rs: SCSI devices served to the Linux kernel from user space (TCMU).
+//!
+//! Layers, each ignorant of the next: [`abi`] (numbers), [`mapping`] (pointers), [`ring`] (entries), [`scsi`]
+//! (commands), [`netlink`] (devices come and go); `py` joins them for Python.
+
+pub mod abi;
+pub mod mapping;
+pub mod scsi;

@@ -1,0 +1,129 @@
+//! SCSI emulation of a block device: command descriptor blocks in, storage operations and answers out.
+//!
+//! Knows nothing of rings and nothing of Python. [`LogicalUnit::start`] looks at a CDB; what comes back is either an
+//! answer ([`Next::Done`]) or an operation that somebody with storage must carry out ([`Next::Call`]), after which
+//! [`LogicalUnit::resume`] is asked, until the answer is there. A command that needs several operations (FUA, WRITE
+//! SAME, UNMAP with several ranges) keeps its place in its [`Task`].
+
+pub mod sense;
+
+use sense::Sense;
+
+/// A position in bytes from the start of the medium.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteOffset(pub u64);
+
+/// The SAM-5 status of a finished command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+#[allow(missing_docs)]
+pub enum Status {
+    Good = 0x00,
+    CheckCondition = 0x02,
+    ConditionMet = 0x04,
+    Busy = 0x08,
+    ReservationConflict = 0x18,
+    TaskSetFull = 0x28,
+    AcaActive = 0x30,
+    TaskAborted = 0x40,
+}
+
+/// The command's own data buffer: Data-In or Data-Out, as long as the fabric announced (which may differ from what
+/// the CDB says).
+pub trait DataBuffer {
+    /// Bytes of the buffer.
+    fn len(&self) -> usize;
+    /// Whether there is none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Copies bytes from `offset` out of the buffer; the caller stays inside [`DataBuffer::len`].
+    fn read(&self, offset: usize, into: &mut [u8]);
+    /// Copies bytes into the buffer at `offset`; the caller stays inside [`DataBuffer::len`].
+    fn write(&self, offset: usize, from: &[u8]);
+}
+
+/// What a handler is asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Verb {
+    /// Fill the buffer from the medium.
+    Read,
+    /// Store the buffer on the medium.
+    Write,
+    /// Make every write that returned before durable.
+    Flush,
+    /// The range is not needed any more.
+    Discard,
+    /// The range reads as zeroes from now on.
+    WriteZeroes,
+}
+
+/// Where the bytes of an operation are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StepBuffer {
+    /// The operation has no data.
+    None,
+    /// `length` bytes (the step's) of the command's own buffer, from this position.
+    Command(usize),
+    /// Bytes that the emulation made, to be written (exactly the step's length).
+    Owned(Vec<u8>),
+    /// The operation reads into memory of its own; [`LogicalUnit::resume`] gets the bytes.
+    Scratch,
+}
+
+/// One operation for the handler. In range, aligned to blocks and allowed: the emulation has checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// What to do.
+    pub verb: Verb,
+    /// Where; 0 for [`Verb::Flush`].
+    pub offset: ByteOffset,
+    /// How many bytes; 0 for [`Verb::Flush`].
+    pub length: u64,
+    /// The data.
+    pub buffer: StepBuffer,
+    /// [`Verb::Write`]: return only when the data is durable. Set only if [`Capabilities::native_fua`].
+    pub fua: bool,
+}
+
+/// How a command ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reply {
+    /// The status.
+    pub status: Status,
+    /// Present exactly with [`Status::CheckCondition`].
+    pub sense: Option<Sense>,
+    /// How many bytes of the command's buffer are valid Data-In: the rest never reaches the initiator. 0 for
+    /// commands without Data-In.
+    pub data_in: usize,
+}
+
+impl Reply {
+    /// GOOD with `data_in` bytes of Data-In.
+    #[must_use]
+    pub const fn good(data_in: usize) -> Self {
+        Self { status: Status::Good, sense: None, data_in }
+    }
+
+    /// CHECK CONDITION with `sense`, no data.
+    #[must_use]
+    pub const fn check(sense: Sense) -> Self {
+        Self { status: Status::CheckCondition, sense: Some(sense), data_in: 0 }
+    }
+
+    /// A status without sense or data.
+    #[must_use]
+    pub const fn status(status: Status) -> Self {
+        Self { status, sense: None, data_in: 0 }
+    }
+}
+
+/// What happens next to a command.
+#[derive(Debug)]
+pub enum Next {
+    /// It is finished.
+    Done(Reply),
+    /// The handler is needed; keep the task for [`LogicalUnit::resume`].
+    Call(Step, Task),
+}
