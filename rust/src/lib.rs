@@ -5,4 +5,5 @@
 
 pub mod abi;
 pub mod mapping;
+pub mod ring;
 pub mod scsi;
