@@ -4,6 +4,7 @@
 //! (commands), [`netlink`] (devices come and go); `py` joins them for Python.
 
 pub mod abi;
+pub mod device;
 pub mod mapping;
 pub mod ring;
 pub mod scsi;
