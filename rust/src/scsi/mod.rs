@@ -4,10 +4,35 @@
 //! answer ([`Next::Done`]) or an operation that somebody with storage must carry out ([`Next::Call`]), after which
 //! [`LogicalUnit::resume`] is asked, until the answer is there. A command that needs several operations (FUA, WRITE
 //! SAME, UNMAP with several ranges) keeps its place in its [`Task`].
+//!
+//! Commands are rows of one table, `opcodes`; a module beside it answers those that belong together. Standards are
+//! cited by the name of the clause, which outlives the numbers of their drafts.
 
+mod batch;
+mod capacity;
+mod cdb;
+mod geometry;
+mod identity;
+mod inquiry;
+mod lun;
+mod luns;
+mod mode;
+pub mod opcodes;
+mod power;
+mod ready;
 pub mod sense;
+mod supported;
+mod task;
+mod transfer;
+mod unmap;
+mod vpd;
+mod write_same;
 
-use sense::Sense;
+pub use geometry::{Capabilities, Geometry};
+pub use identity::Identity;
+pub use lun::{LogicalUnit, LunError};
+pub use sense::Sense;
+pub use task::Task;
 
 /// A position in bytes from the start of the medium.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -110,6 +135,14 @@ impl Reply {
     #[must_use]
     pub const fn check(sense: Sense) -> Self {
         Self { status: Status::CheckCondition, sense: Some(sense), data_in: 0 }
+    }
+
+    /// GOOD with as much of `data` as the allocation length and the buffer have room for.
+    fn data(buffer: &dyn DataBuffer, allocation_length: u32, data: &[u8]) -> Next {
+        let room = usize::try_from(allocation_length).unwrap_or(usize::MAX).min(buffer.len());
+        let data = &data[..data.len().min(room)];
+        buffer.write(0, data);
+        Next::Done(Self::good(data.len()))
     }
 
     /// A status without sense or data.
