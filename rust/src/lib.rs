@@ -5,4 +5,8 @@
 
 pub mod abi;
 pub mod mapping;
+pub mod netlink;
 pub mod scsi;
+
+#[cfg(feature = "python")]
+mod py;
