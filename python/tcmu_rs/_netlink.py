@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Self, final
 
 import trio
-
 from tcmu_rs._native import NetlinkSocket
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from typing_extensions import Self
 
     from tcmu_rs._native import DeviceEvent
 
@@ -24,20 +21,21 @@ logger = logging.getLogger(__name__)
 class Rescan:
     """Announcements were lost: look into sysfs for devices that came or went.
 
-    A device that is found there and whose ``enable`` in configfs still reads 0 waits for the answer to its lost
-    event, which :meth:`tcmu_rs._native.DeviceEvent.added` makes good.
+    A device that is found there and whose ``enable`` in configfs still reads 0 waits for the answer to its
+    lost event, which :meth:`tcmu_rs._native.DeviceEvent.added` makes good.
     """
 
 
 class DeviceEvents:
     """What the kernel announces from now on, in the order it was sent.
 
-    Make one first and scan sysfs after that: a device that comes up in between is then seen twice rather than never.
+    Make one first and scan sysfs after that: a device that comes up in between is then seen twice rather
+    than never.
 
-    An event of kind "removed" or "reconfig", and with replies switched on also "added", keeps somebody in the kernel
-    waiting without a time limit until it is answered by :meth:`reply`. Answer each event of one's own devices once
-    and soon, and no event of anybody else's. Before "removed" is answered, configfs below the device's HBA must not
-    be touched: that would wait for the answer too.
+    Where replies are switched on, each event keeps somebody in the kernel waiting, with no time limit, until
+    it is answered by :meth:`reply`. Answer each event of one's own devices once and soon, no other. Before
+    "removed" is answered, configfs below the device's HBA must not be touched: that would wait for the answer
+    too.
 
     *Resource handling.* A context manager; leaving it closes the socket and ends an iteration elsewhere.
 
@@ -93,12 +91,16 @@ class DeviceEvents:
 
         Args:
             event: an event that has not been answered.
-            status: 0, or a negative error number, which the writer to configfs gets to see. An error takes a device
-                that was "added" down again, leaves the value of a "reconfig" as it was, and cannot stop "removed".
+            status: 0, or a negative error number, which the writer to configfs gets to see. An error takes a
+                device that was "added" down again, leaves the value of a "reconfig" as it was, and does not
+                stop "removed".
 
         Returns:
-            Whether the kernel was waiting. It was not if replies are off for the device, or if somebody else was
-            faster.
+            Whether the kernel was waiting. It was not if replies are off for the device, or if somebody else
+            was faster.
+
+        Raises:
+            ValueError: the event has been answered, or the status is positive.
         """
         return self._socket.reply(event, status)
 
