@@ -2,6 +2,8 @@
 
 from typing import Literal, final
 
+__all__ = ["DeviceEvent", "NetlinkSocket", "ReceivedEvents"]
+
 @final
 class DeviceEvent:
     @property

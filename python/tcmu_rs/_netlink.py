@@ -42,7 +42,8 @@ class DeviceEvents:
     *Error handling.* ``OSError`` of the socket. Messages that cannot be understood are logged and skipped.
 
     Raises:
-        FileNotFoundError: the kernel module ``target_core_user`` is not loaded.
+        FileNotFoundError: the kernel module ``target_core_user`` is not loaded; out of the iteration, it was
+            unloaded.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@
 //!
 //! *Two sockets.* Multicast events arrive on one, requests and their acknowledgements use the other, so that reading
 //! an acknowledgement never steals an event. The kernel handles a request inside the sender's system call: the
-//! acknowledgement is there when `send` returns, and nothing in this module ever blocks.
+//! acknowledgement is there when `send` returns, and nothing in this module waits for it.
 //!
 //! *Dependencies.* `netlink-sys`, because joining a group of a dynamic number takes a socket option that `rustix` does
 //! not have; `netlink-packet-core` for the bounds of headers and attributes. `netlink-packet-generic` is not used: the
@@ -64,6 +64,9 @@ mod number {
     pub const GENL_HEADER_SIZE: usize = 4;
     pub const GENL_ID_CTRL: u16 = 16;
     pub const CTRL_VERSION: u8 = 2;
+    /// Of the family of families, whose number and group never change.
+    pub const CTRL_GROUP: u32 = 16;
+    pub const CTRL_CMD_DELFAMILY: u8 = 2;
     pub const CTRL_CMD_GETFAMILY: u8 = 3;
     pub const CTRL_ATTR_FAMILY_ID: u16 = 1;
     pub const CTRL_ATTR_FAMILY_NAME: u16 = 2;
@@ -83,7 +86,7 @@ const DATAGRAM: usize = 8 << 10;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NetlinkError {
-    /// The family does not exist.
+    /// The family does not exist, or not any more: a socket of before stays deaf when the module comes back.
     #[error("the kernel has no netlink family TCM-USER: the module target_core_user is not loaded")]
     NoFamily,
     /// The family exists, but does not announce devices.
@@ -102,6 +105,14 @@ pub enum NetlinkError {
 impl NetlinkError {
     fn io(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { doing, source }
+    }
+
+    /// For requests: `ENOENT` speaks of the family, and of nothing else.
+    fn refused(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| match Errno::from_io_error(&source) {
+            Some(Errno::NOENT) => Self::NoFamily,
+            _ => Self::Io { doing, source },
+        }
     }
 
     /// The error number that says it best.
@@ -215,6 +226,8 @@ pub struct Received {
     pub malformed: Vec<Malformed>,
     /// More events were sent than the buffer held: scan sysfs for what was missed.
     pub overflow: bool,
+    /// The module was unloaded, and with it every device.
+    pub unloaded: bool,
 }
 
 /// A listener to the kernel's announcements, and the way to answer them.
@@ -239,14 +252,17 @@ impl Socket {
         sockopt::set_socket_recv_buffer_size_force(&events, RECEIVE_BUFFER)
             .or_else(|_| sockopt::set_socket_recv_buffer_size(&events, RECEIVE_BUFFER))
             .map_err(|errno| NetlinkError::io("enlarge the netlink receive buffer")(errno.into()))?;
-        events.add_membership(group).map_err(NetlinkError::io("join the netlink group of TCM-USER"))?;
+        events
+            .add_membership(group)
+            .and_then(|()| events.add_membership(number::CTRL_GROUP))
+            .map_err(NetlinkError::io("join the netlink group of TCM-USER"))?;
         Ok(Self { family, events, requests: Mutex::new(requests) })
     }
 
     /// Takes everything that has arrived, without waiting. The descriptor is readable when there is something.
     ///
     /// # Errors
-    /// What `recvfrom(2)` says, if no event was received before.
+    /// [`NetlinkError::NoFamily`] if the module was unloaded; what `recvfrom(2)` says, if no event was received before.
     pub fn receive(&self) -> Result<Received, NetlinkError> {
         let mut received = Received::default();
         let mut datagram = Vec::with_capacity(DATAGRAM);
@@ -258,6 +274,7 @@ impl Socket {
                 }
                 Ok(_) => parse(&datagram, self.family, &mut received),
                 Err(error) => match Errno::from_io_error(&error) {
+                    Some(Errno::AGAIN) if received.unloaded => return Err(NetlinkError::NoFamily),
                     Some(Errno::AGAIN) => return Ok(received),
                     Some(Errno::NOBUFS) => received.overflow = true,
                     Some(Errno::INTR) => {}
@@ -288,7 +305,7 @@ impl Socket {
         match self.request(question.done, &attributes) {
             Ok(_) => Ok(true),
             Err(error) if Errno::from_io_error(&error) == Some(Errno::NODEV) => Ok(false),
-            Err(error) => Err(NetlinkError::io("answer an event of TCM-USER")(error)),
+            Err(error) => Err(NetlinkError::refused("answer an event of TCM-USER")(error)),
         }
     }
 
@@ -302,7 +319,7 @@ impl Socket {
         let attributes = [DefaultNla::new(number::SUPP_KERN_CMD_REPLY, vec![reply_supported.into()])];
         self.request(number::SET_FEATURES, &attributes)
             .map(drop)
-            .map_err(NetlinkError::io("set the features of TCM-USER"))
+            .map_err(NetlinkError::refused("set the features of TCM-USER"))
     }
 
     fn request(&self, command: u8, attributes: &[DefaultNla]) -> io::Result<Vec<u8>> {
@@ -336,15 +353,12 @@ impl Requests {
     /// The number of the family and that of its group.
     fn resolve(&mut self) -> Result<(u16, u32), NetlinkError> {
         let name = [DefaultNla::new(number::CTRL_ATTR_FAMILY_NAME, number::FAMILY.to_vec())];
-        match self.ask(number::GENL_ID_CTRL, [number::CTRL_CMD_GETFAMILY, number::CTRL_VERSION], &name) {
-            Ok(answer) => {
-                let id = attribute(&answer, number::CTRL_ATTR_FAMILY_ID);
-                let family = id.and_then(|id| parse_u16(&id).ok()).ok_or(NetlinkError::NoFamily)?;
-                Ok((family, find_group(&answer).ok_or(NetlinkError::NoGroup)?))
-            }
-            Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => Err(NetlinkError::NoFamily),
-            Err(error) => Err(NetlinkError::io("ask for the netlink family TCM-USER")(error)),
-        }
+        let answer = self
+            .ask(number::GENL_ID_CTRL, [number::CTRL_CMD_GETFAMILY, number::CTRL_VERSION], &name)
+            .map_err(NetlinkError::refused("ask for the netlink family TCM-USER"))?;
+        let id = attribute(&answer, number::CTRL_ATTR_FAMILY_ID);
+        let family = id.and_then(|id| parse_u16(&id).ok()).ok_or(NetlinkError::NoFamily)?;
+        Ok((family, find_group(&answer).ok_or(NetlinkError::NoGroup)?))
     }
 
     /// Sends a request and returns the attributes of the answer, if there is more than an acknowledgement.
@@ -383,19 +397,31 @@ impl Requests {
 
 /// Reads the messages of one datagram into `received`.
 ///
-/// `family` is the message type of the family's events. Attributes that are not known are ignored; a message that
+/// `family` is the message type of the family's events; the family of families is understood too. Attributes that are not known are ignored; a message that
 /// cannot be understood is recorded and skipped.
 pub fn parse(datagram: &[u8], family: u16, received: &mut Received) {
     for message in messages(datagram) {
         let event = message.and_then(|message| match message.message_type() {
-            kind if kind == family => parse_event(message.payload()),
+            kind if kind == family => parse_event(message.payload()).map(Some),
+            number::GENL_ID_CTRL => {
+                received.unloaded |= is_end_of_family(message.payload());
+                Ok(None)
+            }
             kind => Err(Malformed::Type(kind)),
         });
         match event {
-            Ok(event) => received.events.push(event),
+            Ok(event) => received.events.extend(event),
             Err(error) => received.malformed.push(error),
         }
     }
+}
+
+/// Whether the family of families announces that ours is gone; it speaks of all others as well.
+fn is_end_of_family(payload: &[u8]) -> bool {
+    payload.split_at_checked(number::GENL_HEADER_SIZE).is_some_and(|(header, attributes)| {
+        header[0] == number::CTRL_CMD_DELFAMILY
+            && attribute(attributes, number::CTRL_ATTR_FAMILY_NAME).as_deref() == Some(number::FAMILY)
+    })
 }
 
 /// The messages of a datagram, up to the first that does not fit it.
@@ -618,6 +644,22 @@ mod tests {
             assert_eq!(received, Received { malformed: vec![Malformed::Length], ..Received::default() });
         }
         assert_eq!(parsed(&[]), Received::default());
+    }
+
+    #[test]
+    fn the_end_of_the_family_is_told() {
+        let told = |command, family: &[u8]| {
+            let name = [DefaultNla::new(number::CTRL_ATTR_FAMILY_NAME, family.to_vec())];
+            parsed(&encode(number::GENL_ID_CTRL, 0, 0, [command, number::CTRL_VERSION], &name))
+        };
+        let nothing = Received::default;
+        assert_eq!(
+            told(number::CTRL_CMD_DELFAMILY, number::FAMILY),
+            Received { unloaded: true, ..nothing() }
+        );
+        assert_eq!(told(number::CTRL_CMD_DELFAMILY, b"nl80211\0"), nothing());
+        assert_eq!(told(1, number::FAMILY), nothing());
+        assert_eq!(parsed(&encode(number::GENL_ID_CTRL, 0, 0, [2, 2], &[])[..18]).malformed.len(), 1);
     }
 
     #[test]

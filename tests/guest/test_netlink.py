@@ -365,6 +365,27 @@ async def test_closing_ends_the_iteration() -> None:
     assert closed.value.errno == errno.EBADF
 
 
+async def test_unloading_the_module_ends_in_an_error() -> None:
+    """The group dies with the module, and a new one is not joined by itself: silence would last for ever."""
+    (CORE / f"user_{HBA}").rmdir()
+    with DeviceEvents() as events:
+        await trio.run_process(["modprobe", "-r", "target_core_user"])
+        try:
+            with trio.fail_after(10), pytest.raises(FileNotFoundError, match="target_core_user"):
+                await anext(events)
+            with pytest.raises(FileNotFoundError, match="target_core_user"):
+                DeviceEvents()
+        finally:
+            await trio.run_process(["modprobe", "target_core_user"])
+        with pytest.raises(FileNotFoundError, match="target_core_user"):
+            events._socket.set_features(False)
+    (CORE / f"user_{HBA}").mkdir()
+    with DeviceEvents() as events:
+        backstore = Backstore("reloaded")
+        backstore.create()
+        assert (await next_event(events)).name == backstore.uio_name
+
+
 def test_receiving_nothing_does_not_wait() -> None:
     netlink = NetlinkSocket()
     started = time.monotonic()
