@@ -397,8 +397,8 @@ impl Requests {
 
 /// Reads the messages of one datagram into `received`.
 ///
-/// `family` is the message type of the family's events; the family of families is understood too. Attributes that are not known are ignored; a message that
-/// cannot be understood is recorded and skipped.
+/// `family` is the message type of the family's events; what the family of families says is understood too.
+/// Attributes that are not known are ignored; a message that cannot be understood is recorded and skipped.
 pub fn parse(datagram: &[u8], family: u16, received: &mut Received) {
     for message in messages(datagram) {
         let event = message.and_then(|message| match message.message_type() {
