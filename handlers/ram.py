@@ -41,7 +41,7 @@ class RamHandler(BlockHandler):
 
     async def open(self) -> None:
         """Reserves the address space."""
-        self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+        self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._data = memoryview(self._map)
 
     async def aclose(self) -> None:

@@ -289,7 +289,6 @@ class Device:
     async def _run(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
         """Runs one command to its answer, whatever happens."""
         self._running += 1
-        self._dirty = True
         failure: _errors.Failure | None = None
         crash: Exception | None = None
         verb = cmd.verb
@@ -332,6 +331,7 @@ class Device:
             raise
         finally:
             self._running -= 1
+            self._dirty = True
             # Only now, when the traceback and with it the frames that may hold views are gone.
             if failure is not None:
                 cmd.fail(*failure)

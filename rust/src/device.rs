@@ -29,8 +29,8 @@ use crate::abi;
 use crate::mapping::Mapping;
 use crate::ring::lease::{Closed, Lease};
 use crate::ring::{Buffer, Cdb, CmdId, Entry, Response, Ring, RingError, TaskManagement};
-use crate::scsi::lun::LogicalUnit;
-use crate::scsi::sense::Sense;
+use crate::scsi::LogicalUnit;
+use crate::scsi::sense::{Sense, SenseFormat};
 use crate::scsi::{DataBuffer, Next, Reply, Status, Step, Task, Verb};
 
 /// What ends a device. A command that fails is not among it: that is an answer.
@@ -440,7 +440,7 @@ impl Claim {
         if let Some(data) = &reply.sense {
             let (bytes, length) = match &self.device.unit {
                 Some(unit) => unit.encode_sense(data),
-                None => data.encode(false),
+                None => data.encode(SenseFormat::Fixed),
             };
             sense.extend_from_slice(&bytes[..length]);
         }

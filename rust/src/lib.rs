@@ -6,5 +6,9 @@
 pub mod abi;
 pub mod device;
 pub mod mapping;
+pub mod netlink;
 pub mod ring;
 pub mod scsi;
+
+#[cfg(feature = "python")]
+mod py;

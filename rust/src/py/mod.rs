@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use crate::device::DeviceError;
 
 mod iovec;
+mod netlink;
 mod ring;
 mod simulator;
 mod unit;
@@ -30,6 +31,8 @@ impl From<DeviceError> for PyErr {
 mod _native {
     #[pymodule_export]
     use super::iovec::IoVec;
+    #[pymodule_export]
+    use super::netlink::{DeviceEvent, NetlinkSocket, ReceivedEvents};
     #[pymodule_export]
     use super::ring::{Command, Ring, TaskManagement};
     #[pymodule_export]

@@ -62,6 +62,7 @@ impl Ring {
         let mapping = Mapping::new(&duplicate(memory)?, size)?;
         let unit = unit.map(|unit| unit.unit.clone());
         let device = Device::new(mapping, duplicate(event)?, unit)?;
+        Ok(Self { device: Arc::new(device), intercept, fills_reads })
     }
 
     /// The descriptor to wait for.
@@ -171,7 +172,7 @@ impl Command {
     }
 
     fn sense(key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<Sense> {
-        let key = SenseKey::try_from(key).map_err(|_| PyValueError::new_err(format!("no sense key {key:#x}")))?;
+        let key = SenseKey::from_code(key).ok_or_else(|| PyValueError::new_err(format!("no sense key {key:#x}")))?;
         let sense = Sense::new(key, asc, ascq);
         Ok(information.map_or(sense, |information| sense.with_information(information)))
     }
@@ -279,7 +280,7 @@ impl Command {
     /// Answers with a status and, for CHECK CONDITION, sense data. Harmless if there was an answer.
     #[pyo3(signature = (status, key = 0, asc = 0, ascq = 0, information = None))]
     fn fail(&self, status: u8, key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<()> {
-        let status = Status::try_from(status).map_err(|_| PyValueError::new_err(format!("no status {status:#x}")))?;
+        let status = Status::from_code(status).ok_or_else(|| PyValueError::new_err(format!("no status {status:#x}")))?;
         self.answer(match status {
             Status::CheckCondition => Reply::check(Self::sense(key, asc, ascq, information)?),
             status => Reply::status(status),

@@ -53,6 +53,24 @@ pub enum Status {
     TaskAborted = 0x40,
 }
 
+impl Status {
+    /// The status with this code, if there is one.
+    #[must_use]
+    pub const fn from_code(code: u8) -> Option<Self> {
+        Some(match code {
+            0x00 => Self::Good,
+            0x02 => Self::CheckCondition,
+            0x04 => Self::ConditionMet,
+            0x08 => Self::Busy,
+            0x18 => Self::ReservationConflict,
+            0x28 => Self::TaskSetFull,
+            0x30 => Self::AcaActive,
+            0x40 => Self::TaskAborted,
+            _ => return None,
+        })
+    }
+}
+
 /// The command's own data buffer: Data-In or Data-Out, as long as the fabric announced (which may differ from what
 /// the CDB says).
 pub trait DataBuffer {
