@@ -125,7 +125,9 @@ class FileHandler(BlockHandler):
             fd = os.open(self.path, flags)
         except FileNotFoundError:
             if not self._create:
-                raise FileNotFoundError(errno.ENOENT, "there is no such file (--create makes one)", str(self.path)) from None
+                raise FileNotFoundError(
+                    errno.ENOENT, "there is no such file (--create makes one)", str(self.path)
+                ) from None
             if self._wanted_size is None:
                 raise ValueError(f"{self.path} has to be made: how large? add --size, such as --size 10G") from None
             fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)

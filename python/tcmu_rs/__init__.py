@@ -1,6 +1,5 @@
 """SCSI devices served to the Linux kernel from Python, under trio."""
 
-from . import _errors
 from ._errors import (
     Busy,
     DeviceError,

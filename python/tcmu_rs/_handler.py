@@ -228,7 +228,9 @@ def check(handler: Handler) -> None:
     if not isinstance(handler, Handler):
         raise TypeError(f"{name} is not a handler: derive it from tcmu_rs.BlockHandler or tcmu_rs.Handler")
     if handler.api_version != API_VERSION:
-        raise TypeError(f"{name} is written for version {handler.api_version} of the handler API; this is {API_VERSION}")
+        raise TypeError(
+            f"{name} is written for version {handler.api_version} of the handler API; this is {API_VERSION}"
+        )
     required = "read" if isinstance(handler, BlockHandler) else "command"
     if not has(handler, required):
         raise TypeError(f"{name} has no method {required}()")
@@ -241,4 +243,3 @@ def check(handler: Handler) -> None:
         raise ValueError(f"{name}.block_size is {block_size}; it must be 512, 1024, 2048 or 4096")
     if size <= 0 or size % block_size:
         raise ValueError(f"{name}.size is {size}; it must be a positive multiple of the block size {block_size}")
-

@@ -7,6 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Self, final
 
 import trio
+
 from tcmu_rs._native import NetlinkSocket
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import os
 import types
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -27,7 +27,7 @@ from . import _errors, _native
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from ._sysfs import UioDevice
 
 logger = logging.getLogger("tcmu_rs")
 
@@ -149,7 +149,9 @@ class Device:
         }
         for verb, name in METHODS.items():
             if has(handler, name):
-                calls[int(verb)] = self._colour(name, arguments[verb], None, fua=verb == Verb.WRITE and handler.native_fua)
+                calls[int(verb)] = self._colour(
+                    name, arguments[verb], None, fua=verb == Verb.WRITE and handler.native_fua
+                )
         return calls
 
     def _colour(
@@ -446,10 +448,8 @@ class Device:
             # The device is over already: that error is on its way, and nothing can be answered.
             pass
         finally:
-            try:
+            with suppress(_errors.DeviceError):
                 trio.lowlevel.notify_closing(self._ring.fileno())
-            except _errors.DeviceError:
-                pass
             self._ring.close()
 
 
@@ -474,15 +474,6 @@ def unit_for(handler: BlockHandler, *, serial: str, naa: bytes) -> _native.Logic
         serial=identity.serial if identity.serial is not None else serial,
         naa=naa,
     )
-
-
-@contextmanager
-def _closing(*fds: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for fd in fds:
-            os.close(fd)
 
 
 async def serve_ring(
@@ -531,3 +522,62 @@ async def serve_ring(
     )
     device = Device(handler, ring, name, strict=strict, grace=grace, free_kept=free_kept)
     await device.run(task_status)
+
+
+def naa_of(serial: str) -> bytes:
+    """The NAA-6 designator that LIO itself derives from a unit serial number (`spc_gen_naa_6h_vendor_specific`).
+
+    Hexadecimal digits of the serial number behind the OUI 001405h, so that kernel and emulation name one disk alike.
+    """
+    digits = [digit for digit in serial if digit in "0123456789abcdefABCDEF"][:25]
+    return bytes.fromhex("6001405" + "".join(digits).ljust(25, "0"))
+
+
+async def serve_uio(
+    handler: Handler,
+    uio: UioDevice,
+    *,
+    name: str,
+    wwn: str,
+    strict: bool = False,
+    grace: float = GRACE,
+    task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves an open handler on a device of this machine's kernel.
+
+    Args:
+        handler: The open handler. Closing it is the caller's.
+        uio: The device; nobody else may have it open.
+        name: For the log.
+        wwn: The backstore's unit serial number.
+        strict: As for `serve_ring`.
+        grace: As for `serve_ring`.
+        task_status: As for `serve_ring`.
+
+    Raises:
+        OSError: The device cannot be opened; EBUSY if another process serves it.
+        DeviceError: The device went away, or its shared memory is corrupt.
+    """
+    free_kept_buf = f"/sys/kernel/config/target/core/user_{uio.hba}/{uio.name}/action/free_kept_buf"
+
+    def free_kept(cmd_id: int) -> None:
+        with open(free_kept_buf, "w") as file:  # noqa: PTH123 - one write() of one line, no path arithmetic
+            file.write(str(cmd_id))
+
+    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        await serve_ring(
+            handler,
+            memory=fd,
+            event=fd,
+            map_size=uio.map_size,
+            name=name,
+            serial=wwn,
+            naa=naa_of(wwn),
+            strict=strict,
+            grace=grace,
+            free_kept=free_kept,
+            task_status=task_status,
+        )
+    finally:
+        os.close(fd)

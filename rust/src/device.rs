@@ -104,7 +104,11 @@ impl Device {
     ///
     /// # Errors
     /// [`DeviceError::Ring`] when the mailbox is not one that we can serve.
-    pub fn new(mapping: Mapping, event: OwnedFd, unit: Option<Arc<LogicalUnit>>) -> Result<Self, DeviceError> {
+    pub fn new(
+        mapping: Mapping,
+        event: OwnedFd,
+        unit: Option<Arc<LogicalUnit>>,
+    ) -> Result<Self, DeviceError> {
         let ring = Ring::attach(Arc::new(mapping))?;
         Ok(Self {
             keeps_buffers: ring.has(abi::MAILBOX_FLAG_CAP_KEEP_BUF),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+
 from tcmu_rs._native import DeviceEvent, NetlinkSocket
 from tcmu_rs._netlink import DeviceEvents, Rescan
 
@@ -213,9 +214,7 @@ async def test_an_event_is_answered_once(replies: None) -> None:
         ("dev_config", b"testing/y,z \xff", "config", "testing/y,z \udcff"),
     ],
 )
-async def test_reconfiguration(
-    replies: None, attribute: str, value: bytes, field: str, expected: int | str
-) -> None:
+async def test_reconfiguration(replies: None, attribute: str, value: bytes, field: str, expected: int | str) -> None:
     """Success stores the value; an error leaves it and reaches the writer. Names need not be UTF-8."""
     backstore = Backstore("reconfig", replies=True)
     with DeviceEvents() as events:

@@ -144,7 +144,9 @@ impl IoVec {
         match &self.source {
             Source::Command { claim, start, data_in } => {
                 if !claim.lend() {
-                    return Err(PyBufferError::new_err("the command was answered: its data is not there any more"));
+                    return Err(PyBufferError::new_err(
+                        "the command was answered: its data is not there any more",
+                    ));
                 }
                 for extent in Self::buffer(claim, *data_in).pieces(*start..*start + self.nbytes) {
                     if let Ok(pointer) = claim.data().mapping().pointer(extent.offset, extent.length) {
@@ -168,17 +170,25 @@ impl IoVec {
             return Ok(());
         }
         let nbytes = self.nbytes;
-        Err(PyValueError::new_err(format!("{what} has {length} bytes, the IoVec {nbytes}: transfers are whole")))
+        Err(PyValueError::new_err(format!(
+            "{what} has {length} bytes, the IoVec {nbytes}: transfers are whole"
+        )))
     }
 
     fn check_writable(&self) -> PyResult<()> {
-        if self.writable { Ok(()) } else { Err(PyTypeError::new_err("this IoVec is read-only: it holds what is written to the disk")) }
+        if self.writable {
+            Ok(())
+        } else {
+            Err(PyTypeError::new_err("this IoVec is read-only: it holds what is written to the disk"))
+        }
     }
 
     /// Whether this is all of a command's Data-In.
     fn fills(&self) -> Option<&Claim> {
         match &self.source {
-            Source::Command { claim, start: 0, data_in: true } if self.nbytes == claim.data_in().len() => Some(claim),
+            Source::Command { claim, start: 0, data_in: true } if self.nbytes == claim.data_in().len() => {
+                Some(claim)
+            }
             _ => None,
         }
     }
@@ -205,7 +215,11 @@ fn flat<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyMemoryView>> {
 
 fn contiguous(object: &Bound<'_, PyAny>) -> PyResult<PyUntypedBuffer> {
     let buffer = PyUntypedBuffer::get(object)?;
-    if buffer.is_c_contiguous() { Ok(buffer) } else { Err(PyBufferError::new_err("the buffer is not contiguous")) }
+    if buffer.is_c_contiguous() {
+        Ok(buffer)
+    } else {
+        Err(PyBufferError::new_err("the buffer is not contiguous"))
+    }
 }
 
 #[pymethods]
@@ -293,7 +307,9 @@ impl IoVec {
 
     /// A copy of all bytes.
     fn tobytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        if self.writable && let Source::Command { claim, .. } = &self.source {
+        if self.writable
+            && let Source::Command { claim, .. } = &self.source
+        {
             claim.zero_unless_filled();
         }
         PyBytes::new_with(py, self.nbytes, |target| {
@@ -317,7 +333,9 @@ impl IoVec {
     fn slice(&self, py: Python<'_>, start: usize, stop: usize) -> PyResult<Self> {
         if start > stop || stop > self.nbytes {
             let nbytes = self.nbytes;
-            return Err(PyValueError::new_err(format!("{start}..{stop} is not inside an IoVec of {nbytes} bytes")));
+            return Err(PyValueError::new_err(format!(
+                "{start}..{stop} is not inside an IoVec of {nbytes} bytes"
+            )));
         }
         let nbytes = stop - start;
         let source = match &self.source {

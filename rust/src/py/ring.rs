@@ -1,7 +1,7 @@
 //! A device and its commands, for the runtime in `tcmu_rs._runtime`.
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -10,7 +10,7 @@ use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
 
 use super::iovec::IoVec;
 use super::unit::LogicalUnit;
-use crate::device::{Answered, Claim, Device, Work};
+use crate::device::{Answered, Claim, Device, DeviceError, Work};
 use crate::mapping::Mapping;
 use crate::scsi::sense::{Sense, SenseKey};
 use crate::scsi::{DataBuffer, Reply, Status, Step, StepBuffer, Verb};
@@ -34,13 +34,13 @@ pub struct TaskManagement {
 
 /// Duplicates a descriptor that Python lends for the call.
 #[allow(unsafe_code)]
-fn duplicate(fd: RawFd) -> std::io::Result<OwnedFd> {
+fn duplicate(fd: RawFd) -> Result<OwnedFd, DeviceError> {
     if fd < 0 {
-        return Err(std::io::Error::from_raw_os_error(9));
+        return Err(std::io::Error::from(rustix::io::Errno::BADF).into());
     }
     // SAFETY: the descriptor is only borrowed for this call; a number that is not open gives EBADF.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-    Ok(rustix::io::fcntl_dupfd_cloexec(borrowed, 3)?)
+    rustix::io::fcntl_dupfd_cloexec(borrowed, 3).map_err(|error| std::io::Error::from(error).into())
 }
 
 #[pymethods]
@@ -59,7 +59,7 @@ impl Ring {
         intercept: bool,
         fills_reads: bool,
     ) -> PyResult<Self> {
-        let mapping = Mapping::new(&duplicate(memory)?, size)?;
+        let mapping = Mapping::new(&duplicate(memory)?, size).map_err(DeviceError::from)?;
         let unit = unit.map(|unit| unit.unit.clone());
         let device = Device::new(mapping, duplicate(event)?, unit)?;
         Ok(Self { device: Arc::new(device), intercept, fills_reads })
@@ -105,14 +105,13 @@ impl Ring {
 
     /// Readable when `reap` is due.
     fn wake_fileno(&self) -> PyResult<RawFd> {
-        Ok(self.device.wake_fd()?)
+        Ok(self.device.wake_fd().map_err(DeviceError::from)?)
     }
 
     /// Sends answers whose last view went away; returns ids for `free_kept_buf`.
     fn reap(&self) -> PyResult<Vec<u16>> {
         Ok(self.device.reap()?)
     }
-
 
     /// Counters since the start.
     fn statistics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -132,7 +131,12 @@ impl Ring {
 }
 
 impl Ring {
-    fn command<'py>(&self, py: Python<'py>, claim: Arc<Claim>, step: Option<Step>) -> PyResult<Bound<'py, Command>> {
+    fn command<'py>(
+        &self,
+        py: Python<'py>,
+        claim: Arc<Claim>,
+        step: Option<Step>,
+    ) -> PyResult<Bound<'py, Command>> {
         let command = Command {
             claim,
             step: Mutex::new(step),
@@ -172,7 +176,8 @@ impl Command {
     }
 
     fn sense(key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<Sense> {
-        let key = SenseKey::from_code(key).ok_or_else(|| PyValueError::new_err(format!("no sense key {key:#x}")))?;
+        let key = SenseKey::from_code(key)
+            .ok_or_else(|| PyValueError::new_err(format!("no sense key {key:#x}")))?;
         let sense = Sense::new(key, asc, ascq);
         Ok(information.map_or(sense, |information| sense.with_information(information)))
     }
@@ -267,7 +272,9 @@ impl Command {
     /// Raises RuntimeError, and answers nothing, if a read left Data-In unwritten.
     fn advance(&self, py: Python<'_>) -> PyResult<bool> {
         let unwritten = match &*lock(&self.step) {
-            Some(Step { verb: Verb::Read, buffer: StepBuffer::Command(_), length: 1.., .. }) => !self.claim.is_filled(),
+            Some(Step { verb: Verb::Read, buffer: StepBuffer::Command(_), length: 1.., .. }) => {
+                !self.claim.is_filled()
+            }
             _ => false,
         };
         if unwritten {
@@ -280,7 +287,8 @@ impl Command {
     /// Answers with a status and, for CHECK CONDITION, sense data. Harmless if there was an answer.
     #[pyo3(signature = (status, key = 0, asc = 0, ascq = 0, information = None))]
     fn fail(&self, status: u8, key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<()> {
-        let status = Status::from_code(status).ok_or_else(|| PyValueError::new_err(format!("no status {status:#x}")))?;
+        let status = Status::from_code(status)
+            .ok_or_else(|| PyValueError::new_err(format!("no status {status:#x}")))?;
         self.answer(match status {
             Status::CheckCondition => Reply::check(Self::sense(key, asc, ascq, information)?),
             status => Reply::status(status),

@@ -7,6 +7,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
+use crate::device::DeviceError;
 use crate::ring::sim::{Config, Kernel, Request, Ticket};
 
 /// One device of a simulated kernel: see `tcmu_rs.testing`.
@@ -43,7 +44,7 @@ impl Simulator {
             capabilities: capabilities.unwrap_or(default.capabilities),
             checks,
         };
-        let kernel = Kernel::new(config)?;
+        let kernel = Kernel::new(config).map_err(DeviceError::from)?;
         Ok(Self { size: kernel.mapping().size(), kernel: Mutex::new(kernel) })
     }
 
