@@ -207,7 +207,7 @@ def colour_of(method: Callable[..., object]) -> Colour:
         function = function.func
     if getattr(function, "__tcmu_blocking__", False):
         return Colour.BLOCKING
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         return Colour.ASYNC
     return Colour.PLAIN
 
