@@ -32,6 +32,7 @@ import hashlib
 import ipaddress
 import os
 import re
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -41,7 +42,7 @@ from types import ModuleType
 from typing import Any, Literal, ParamSpec, TypeVar
 from urllib.parse import unquote_to_bytes
 
-from tcmu_rs import _sysfs
+from . import _sysfs
 
 TARGET = Path("/sys/kernel/config/target")
 RUN = Path("/run/tcmu-rs")
@@ -52,6 +53,9 @@ _LINK = "tcmu-rs"
 
 _MAX_CONFIG = 255
 """Bytes of `dev_config`, the handler's name included; the kernel cuts longer ones silently."""
+
+_RESET_INTERVAL = 0.1
+"""Seconds between two rounds of failing the commands of an unserved device."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=-]{0,127}")
 _HANDLER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
@@ -125,6 +129,11 @@ class Exposure:
     def path(self) -> Path:
         """Its directory in configfs."""
         return TARGET / self.fabric / self.wwn
+
+    @property
+    def lun(self) -> Path:
+        """The directory of its only LUN."""
+        return self.path / "tpgt_1/lun/lun_0"
 
 
 # Checks of what the caller asks for
@@ -356,6 +365,22 @@ def backstores() -> list[Backstore]:
     return found
 
 
+def device_size(backstore: Backstore) -> int:
+    """Returns the size in bytes, 0 if it has none (any more)."""
+    with suppress(FileNotFoundError, ValueError):
+        return int(_read(backstore.path / "attrib/dev_size"))
+    return 0
+
+
+def is_blocked(backstore: Backstore) -> bool:
+    """Tells whether the kernel answers "busy" for the device, as one does whose server asked for it or died
+    so."""
+    # The file cannot be read before the device is enabled.
+    with suppress(OSError):
+        return _read(backstore.path / "action/block_dev") == "blocked"
+    return False
+
+
 def find_backstore(name: str) -> Backstore | None:
     """Returns the user backstore of this name, or None."""
     return next((backstore for backstore in backstores() if backstore.name == name), None)
@@ -506,7 +531,7 @@ def remove_backstore(backstore: Backstore) -> None:
     except OSError as error:
         if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
             raise
-        users = ", ".join(str(lun) for lun in _luns(backstore)) or "a node below it"
+        users = ", ".join(str(lun) for lun in luns().get(backstore.path, [])) or "a node below it"
         raise BackstoreBusyError(
             f"device {backstore.name} is still used by {users}",
             f"remove that with the tool that made it (targetcli), then: tcmu-rs detach {backstore.name}",
@@ -606,35 +631,42 @@ def exposures(backstore: Backstore) -> list[Exposure]:
 
     Reads the LUNs of all targets, and so may wait for one that is just being made.
     """
-    found = {lun.parents[2] for lun in _luns(backstore) if (lun / _LINK).is_symlink()}
+    found = {lun.parents[2] for lun in luns().get(backstore.path, []) if (lun / _LINK).is_symlink()}
     if backstore.wwn:
         found |= {TARGET / fabric / target_wwn(fabric, backstore.wwn) for fabric in ("loopback", "iscsi")}
     return [Exposure(path.parent.name, path.name) for path in sorted(found) if path.is_dir()]
 
 
-def _luns(backstore: Backstore) -> list[Path]:
-    """LUN directories, of any target, that link to the backstore."""
-    links = (link for link in TARGET.glob("*/*/tpgt_*/lun/lun_*/*") if link.is_symlink())
-    return [link.parent for link in links if os.path.realpath(link) == str(backstore.path)]
+def luns() -> dict[Path, list[Path]]:
+    """Finds the LUN directories of all targets of all programs, by the directory of the backstore that they
+    offer.
+
+    May wait for a LUN that is just being made.
+    """
+    found: dict[Path, list[Path]] = {}
+    for link in TARGET.glob("*/*/tpgt_*/lun/lun_*/*"):
+        if link.is_symlink():
+            found.setdefault(Path(os.path.realpath(link)), []).append(link.parent)
+    return found
 
 
-def loopback_address(exposure: Exposure) -> str | None:
-    """Returns the SCSI address `H:C:T:L` of a loopback exposure, or None if it is gone."""
+def loopback_address(lun: Path) -> str | None:
+    """Returns the SCSI address `H:C:T:L` of a LUN's directory in the loopback fabric, or None if it is
+    gone."""
     with suppress(FileNotFoundError):
-        return f"{_read(exposure.path / 'tpgt_1/address')}:0"
+        return f"{_read(lun.parents[1] / 'address')}:{lun.name.removeprefix('lun_')}"
     return None
 
 
 @_own_errors
-def fence(backstore: Backstore, found: list[Exposure]) -> None:
-    """Makes the kernel answer for a device that nobody serves any more, so that nothing waits for it.
+def fail_commands(backstore: Backstore, stop: threading.Event) -> None:
+    """Fails the commands of a device that nobody serves, until told to stop, so that nothing waits for them.
 
-    Commands in flight fail, new ones are told to come back later, and loopback disks go offline. What waits
-    for the device ends, in particular the removal of its LUNs.
+    Making and removing a LUN wait for the device, and nobody may interrupt them: this runs beside them, in
+    another thread. Only a process that has stopped to work on the ring may do this, or one that found it
+    unserved: the ring starts anew.
 
-    Args:
-        backstore: The device. Its process must be gone, or must have stopped to work on the ring.
-        found: Its exposures.
+    The device is not merely blocked, because initiators retry "busy" for minutes, and these are lost anyway.
     """
     uio = _sysfs.find(backstore.hba, backstore.name)
     if uio is None:
@@ -644,15 +676,32 @@ def fence(backstore: Backstore, found: list[Exposure]) -> None:
     with suppress(OSError):
         fd = os.open(uio.path, os.O_RDWR | os.O_CLOEXEC)
     try:
+        # The process that died may have left it blocked.
         with suppress(FileNotFoundError):
-            # Blocked first, so that no command slips in between the reset and the removal.
-            _write(backstore.path / "action/block_dev", "1")
-            _write(backstore.path / "action/reset_ring", "2")
+            _write(backstore.path / "action/block_dev", "0")
+            while True:
+                _write(backstore.path / "action/reset_ring", "2")
+                if stop.wait(_RESET_INTERVAL):
+                    break
     finally:
         if fd >= 0:
             os.close(fd)
-    for exposure in found:
-        # The disk would retry "busy" for minutes when it flushes its cache for the last time.
-        if exposure.fabric == "loopback" and (address := loopback_address(exposure)):
-            with suppress(OSError, LioError):
-                _write(_sysfs.SYS / "bus/scsi/devices" / address / "state", "offline")
+
+
+def remove_leftover(backstore: Backstore) -> None:
+    """Removes a device that nobody serves any more, with all that we made for it.
+
+    Raises:
+        BackstoreBusyError: A LUN of another program uses it.
+    """
+    found = exposures(backstore)
+    stop = threading.Event()
+    failing = threading.Thread(target=fail_commands, args=(backstore, stop), daemon=True)
+    failing.start()
+    try:
+        for exposure in found:
+            withdraw(exposure)
+    finally:
+        stop.set()
+        failing.join()
+    remove_backstore(backstore)

@@ -9,10 +9,12 @@ The root directories are parameters, so that the tests run on a made-up tree.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from pathlib import Path
 SYS = Path("/sys")
 DEV = Path("/dev")
 PROC = Path("/proc")
+
+_LIBC = ctypes.CDLL(None)
+"""For syncfs(2), which the standard library lacks."""
 
 _SECTOR = 512
 """Bytes in the unit of a block device's `size` file, whatever its block size is."""
@@ -193,3 +198,32 @@ def in_use(disk: Disk) -> bool:
     except OSError as error:
         return error.errno == errno.EBUSY
     return False
+
+
+def write_back(disk: Disk, *, proc_root: Path = PROC) -> None:
+    """Writes out what the kernel still holds in memory for a disk and the file systems mounted from it.
+
+    The kernel drops all that when the disk goes away. Only mounts that this process sees are covered. Errors
+    are the disk's own, and are left to its users.
+    """
+    devices = {f"{os.major(disk.rdev)}:{os.minor(disk.rdev)}"}
+    with suppress(OSError):
+        devices |= {
+            part.read_text().strip() for part in (SYS / "class/block" / Path(disk.path).name).glob("*/dev")
+        }
+    with suppress(OSError):
+        for line in (proc_root / "self/mountinfo").read_text().splitlines():
+            fields = line.split(" ")
+            if fields[2] in devices:
+                # Blanks and such are written in octal.
+                _sync(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4]), _LIBC.syncfs)
+    _sync(disk.path, os.fsync)
+
+
+def _sync(path: str, how: Callable[[int], object]) -> None:
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            how(fd)
+        finally:
+            os.close(fd)
