@@ -132,18 +132,18 @@ async def attach(
     handler_name, config = parse_spec(spec) if spec else ("python", _class_name(handler))
     async with _opened(handler, grace):
         check(handler)
-        create = partial(
+        backstore = await _blocking(
             _lio.create_backstore,
-            handler=handler_name,
-            config=config,
-            size=handler.size,
+            name or _names(_stem(handler_name, config)),
+            handler_name,
+            config,
+            handler.size,
             block_size=handler.block_size,
             wwn=wwn,
             max_sectors=max_sectors,
             data_area_mb=data_area_mb,
             cmd_time_out=cmd_time_out,
         )
-        backstore = await _create(create, name, _stem(handler_name, config))
         try:
             uio = await _blocking(_sysfs.find, backstore.hba, backstore.name)
             if uio is None or not await trio.Path(uio.path).exists():
@@ -344,19 +344,6 @@ def _names(stem: str) -> Iterator[str]:
     yield stem
     for number in itertools.count(2):
         yield f"{stem}-{number}"
-
-
-async def _create(create: Callable[..., _lio.Backstore], name: str | None, stem: str) -> _lio.Backstore:
-    if name is not None:
-        return await _blocking(create, name)
-    taken = {backstore.name for backstore in await _blocking(_lio.backstores)}
-    for candidate in _names(stem):
-        if candidate not in taken:
-            try:
-                return await _blocking(create, candidate)
-            except _lio.BackstoreExistsError:
-                continue
-    raise AssertionError("there are infinitely many names")
 
 
 def _disk(exposure: _lio.Exposure) -> _sysfs.Disk | None:

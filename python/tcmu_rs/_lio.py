@@ -30,6 +30,7 @@ import fcntl
 import functools
 import hashlib
 import ipaddress
+import itertools
 import os
 import re
 import threading
@@ -58,6 +59,7 @@ _RESET_INTERVAL = 0.1
 """Seconds between two rounds of failing the commands of an unserved device."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@=-]{0,127}")
+_IQN = re.compile(r"iqn\.[0-9]{4}-[01][0-9]\.[a-z0-9-]+\.[a-z0-9.:-]+")
 _HANDLER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 _DEMO_MODE = {
@@ -395,7 +397,7 @@ def _backstore(name: str, hba: int) -> Backstore:
 
 @_own_errors
 def create_backstore(
-    name: str,
+    name: str | Iterator[str],
     handler: str,
     config: str,
     size: int,
@@ -415,7 +417,7 @@ def create_backstore(
     Values that are None are left to the kernel.
 
     Args:
-        name: Unique name.
+        name: Unique name, or candidates of which the first free one is taken.
         handler: First part of the kernel's config.
         config: The handler's configuration, any text; it is escaped.
         size: Bytes.
@@ -433,7 +435,7 @@ def create_backstore(
         BackstoreExistsError: The name is taken.
         LioError: The kernel refused something, or did not take it over.
     """
-    check_name(name)
+    candidates = iter([name]) if isinstance(name, str) else name
     dev_config = device_config(handler, config)
     _check_size(size, block_size)
     _check_positive(
@@ -442,8 +444,8 @@ def create_backstore(
         data_area_mb=data_area_mb,
         data_pages_per_block=data_pages_per_block,
     )
-    wwn = wwn or default_wwn(name, dev_config)
-    _check_wwn(wwn)
+    if wwn is not None:
+        _check_wwn(wwn)
     if max_sectors is not None:
         per_page = max(os.sysconf("SC_PAGE_SIZE") // block_size, 1)
         max_sectors = max(max_sectors - max_sectors % per_page, per_page)
@@ -463,8 +465,8 @@ def create_backstore(
 
     _prepare()
     with ExitStack() as undo:
-        hba = _take_name(name, undo)
-        backstore = Backstore(name, hba, wwn)
+        name, hba = _take_name(candidates, undo)
+        backstore = Backstore(name, hba, wwn or default_wwn(name, dev_config))
         # Notes about task management are how a server learns of aborted commands. Kernels before 5.10 have
         # none: there an aborted command runs to its end.
         if (backstore.path / "attrib/tmr_notification").exists():
@@ -474,7 +476,7 @@ def create_backstore(
                 _write(backstore.path / "control", f"{key}={value}")
         _write(backstore.path / "enable", "1")
         storage = _rtslib().UserBackedStorageObject(name, index=hba)
-        storage.wwn = wwn
+        storage.wwn = backstore.wwn
         for key, value in attributes.items():
             if value is not None:
                 storage.set_attribute(key, value)
@@ -483,28 +485,30 @@ def create_backstore(
     return backstore
 
 
-def _take_name(name: str, undo: ExitStack) -> int:
-    """Makes the directories of a new backstore and returns its number; `undo` removes them."""
+def _take_name(candidates: Iterator[str], undo: ExitStack) -> tuple[str, int]:
+    """Makes the directories of a new backstore, which `undo` removes. Returns its name and number."""
     with _names_locked():
-        numbers = _hbas()
-        for hba, directory in numbers.items():
-            if directory.startswith("user_") and (_CORE / directory / name).exists():
-                raise BackstoreExistsError(
-                    f"device {name} exists already, as {_CORE / f'user_{hba}' / name}",
-                    f"choose another name or remove it: tcmu-rs detach {name}",
-                )
-        hba = 0
-        while True:
+        hbas = _hbas()
+        taken = {backstore.name: backstore.path for backstore in backstores()}
+        for name in candidates:
+            check_name(name)
+            if name not in taken:
+                break
+        else:
+            raise BackstoreExistsError(
+                f"device {name} exists already, as {taken[name]}",
+                f"choose another name or remove it: tcmu-rs detach {name}",
+            )
+        for hba in itertools.count():
             # Other tools know nothing of our lock, so the directory itself decides.
             with suppress(FileExistsError):
-                if hba not in numbers:
+                if hba not in hbas:
                     (_CORE / f"user_{hba}").mkdir()
                     break
-            hba += 1
         undo.callback(_rmdir, _CORE / f"user_{hba}")
         (_CORE / f"user_{hba}" / name).mkdir()
         undo.callback(_rmdir, _CORE / f"user_{hba}" / name)
-        return hba
+        return name, hba
 
 
 def _verify(backstore: Backstore, wanted: Mapping[str, object]) -> None:
@@ -587,8 +591,12 @@ def expose_iscsi(
         portal_group.enable = True
         _rtslib().NetworkPortal(portal_group, host, port, mode="create")
 
-    # rtslib writes names in small letters.
+    # rtslib writes names in small letters, and refuses those that its pattern does not fit.
     iqn = (iqn or target_wwn("iscsi", backstore.wwn)).lower()
+    if not _IQN.fullmatch(iqn):
+        raise InvalidRequestError(
+            f"invalid target name {iqn!r}", "use iqn.YYYY-MM.DOMAIN:TEXT, as in iqn.2026-01.org.example:disk"
+        )
     return _expose(backstore, Exposure("iscsi", iqn), configure)
 
 
