@@ -4,5 +4,11 @@
 //! (commands), [`netlink`] (devices come and go); `py` joins them for Python.
 
 pub mod abi;
+pub mod device;
 pub mod mapping;
+pub mod netlink;
+pub mod ring;
 pub mod scsi;
+
+#[cfg(feature = "python")]
+mod py;

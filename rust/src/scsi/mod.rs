@@ -4,10 +4,35 @@
 //! answer ([`Next::Done`]) or an operation that somebody with storage must carry out ([`Next::Call`]), after which
 //! [`LogicalUnit::resume`] is asked, until the answer is there. A command that needs several operations (FUA, WRITE
 //! SAME, UNMAP with several ranges) keeps its place in its [`Task`].
+//!
+//! Commands are rows of one table, `opcodes`; a module beside it answers those that belong together. Standards are
+//! cited by the name of the clause, which outlives the numbers of their drafts.
 
+mod batch;
+mod capacity;
+mod cdb;
+mod geometry;
+mod identity;
+mod inquiry;
+mod lun;
+mod luns;
+mod mode;
+pub mod opcodes;
+mod power;
+mod ready;
 pub mod sense;
+mod supported;
+mod task;
+mod transfer;
+mod unmap;
+mod vpd;
+mod write_same;
 
-use sense::Sense;
+pub use geometry::{Capabilities, Geometry};
+pub use identity::Identity;
+pub use lun::{LogicalUnit, LunError};
+pub use sense::Sense;
+pub use task::Task;
 
 /// A position in bytes from the start of the medium.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,6 +51,24 @@ pub enum Status {
     TaskSetFull = 0x28,
     AcaActive = 0x30,
     TaskAborted = 0x40,
+}
+
+impl Status {
+    /// The status with this code, if there is one.
+    #[must_use]
+    pub const fn from_code(code: u8) -> Option<Self> {
+        Some(match code {
+            0x00 => Self::Good,
+            0x02 => Self::CheckCondition,
+            0x04 => Self::ConditionMet,
+            0x08 => Self::Busy,
+            0x18 => Self::ReservationConflict,
+            0x28 => Self::TaskSetFull,
+            0x30 => Self::AcaActive,
+            0x40 => Self::TaskAborted,
+            _ => return None,
+        })
+    }
 }
 
 /// The command's own data buffer: Data-In or Data-Out, as long as the fabric announced (which may differ from what
@@ -110,6 +153,14 @@ impl Reply {
     #[must_use]
     pub const fn check(sense: Sense) -> Self {
         Self { status: Status::CheckCondition, sense: Some(sense), data_in: 0 }
+    }
+
+    /// GOOD with as much of `data` as the allocation length and the buffer have room for.
+    fn data(buffer: &dyn DataBuffer, allocation_length: u32, data: &[u8]) -> Next {
+        let room = usize::try_from(allocation_length).unwrap_or(usize::MAX).min(buffer.len());
+        let data = &data[..data.len().min(room)];
+        buffer.write(0, data);
+        Next::Done(Self::good(data.len()))
     }
 
     /// A status without sense or data.

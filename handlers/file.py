@@ -1,0 +1,252 @@
+"""A disk in a file, or on a block device: `file:PATH`."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from tcmu_rs import BlockHandler, IoVec, Options, blocking
+
+if TYPE_CHECKING:
+    from typing import Self
+
+logger = logging.getLogger(__name__)
+
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
+_ZEROES = memoryview(bytes(1 << 20))
+
+_FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_FALLOC_FL_ZERO_RANGE = 0x10
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+
+_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), which `os` lacks; the GIL is released meanwhile."""
+    while _libc.fallocate(fd, mode | _FALLOC_FL_KEEP_SIZE, offset, length):
+        error = ctypes.get_errno()
+        if error != errno.EINTR:
+            raise OSError(error, os.strerror(error))
+
+
+class FileHandler(BlockHandler):
+    """Blocks are where they are in the file; what was never written, or was discarded, is a hole.
+
+    The file is locked (`flock`) while it is open: exclusively, or shared when read-only. Reads that the page cache
+    has are answered in the event loop, everything else in threads.
+
+    Args:
+        path: A regular file or a block device.
+        size: Bytes. For a new file its size; for one that is there it has to agree.
+        create: Make the file if it is not there; needs `size`.
+        read_only: Open it for reading only.
+        block_size: Bytes of a logical block.
+        direct: Go around the page cache (O_DIRECT).
+
+    Raises:
+        OSError: From `open`: the path cannot be opened, or is locked (EWOULDBLOCK).
+        ValueError: From `open`: it is neither file nor block device, or its size does not fit.
+    """
+
+    max_in_flight = 32
+    native_fua = True
+    fills_reads = True
+    discard_zeroes = True
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        size: int | None = None,
+        create: bool = False,
+        read_only: bool = False,
+        block_size: int = 512,
+        direct: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.block_size = block_size
+        self.read_only = read_only
+        self._wanted_size = size
+        self._create = create
+        self._direct = direct
+        self._fd = -1
+        self._sync_failed: OSError | None = None
+
+    @classmethod
+    def from_config(cls, config: str, options: Options) -> Self:
+        """The text is the path; `-o direct=on` goes around the page cache."""
+        if not config:
+            raise ValueError("file needs a path: file:/var/tmp/disk.img")
+        extra = dict(options.extra)
+        direct = extra.pop("direct", "off")
+        if extra:
+            raise ValueError(f"file knows no option {', '.join(extra)}; it knows direct=on")
+        if direct not in ("on", "off"):
+            raise ValueError(f"direct is {direct!r}; it is on or off")
+        return cls(
+            config,
+            size=options.size,
+            create=options.create,
+            read_only=options.read_only,
+            block_size=options.block_size or 512,
+            direct=direct == "on",
+        )
+
+    @classmethod
+    async def create(cls, config: str, options: Options) -> None:
+        """Makes a sparse file, which must not exist yet."""
+        handler = cls.from_config(config, options)
+        if handler.path.exists():
+            raise FileExistsError(errno.EEXIST, "there is such a file already", str(handler.path))
+        handler._create = True
+        async with handler:
+            pass
+
+    async def open(self) -> None:
+        """Opens and locks the file."""
+        await trio.to_thread.run_sync(self._open)
+
+    def _open(self) -> None:
+        flags = (os.O_RDONLY if self.read_only else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
+        made = False
+        try:
+            fd = os.open(self.path, flags)
+        except FileNotFoundError:
+            if not self._create:
+                raise FileNotFoundError(errno.ENOENT, "there is no such file (--create makes one)", str(self.path)) from None
+            if self._wanted_size is None:
+                raise ValueError(f"{self.path} has to be made: how large? add --size, such as --size 10G") from None
+            fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            made = True
+        try:
+            self._lock(fd)
+            if made:
+                assert self._wanted_size is not None
+                self._check_size(self._wanted_size)
+                os.ftruncate(fd, self._wanted_size)
+            self.size = self._size_of(fd)
+            self._check_size(self.size)
+            if self._wanted_size not in (None, self.size):
+                raise ValueError(f"{self.path} has {self.size} bytes, not the {self._wanted_size} that were asked for")
+            self.can_discard = not self.read_only and self._punches(fd)
+        except BaseException:
+            os.close(fd)
+            if made:
+                self.path.unlink()
+            raise
+        self._fd = fd
+
+    def _lock(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                errno.EWOULDBLOCK, "is in use: another server holds its lock", str(self.path)
+            ) from None
+
+    def _size_of(self, fd: int) -> int:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise ValueError(f"{self.path} is neither a regular file nor a block device")
+        # The same for both: a block device's st_size is 0.
+        return os.lseek(fd, 0, os.SEEK_END)
+
+    def _check_size(self, size: int) -> None:
+        if size <= 0 or size % self.block_size:
+            raise ValueError(
+                f"{self.path}: {size} bytes are not a whole number of blocks of {self.block_size}; "
+                "resize the file (truncate --size) or choose another --block-size"
+            )
+
+    def _punches(self, fd: int) -> bool:
+        """Whether the file system can make holes; asked behind the end, where there is nothing to lose."""
+        try:
+            _fallocate(fd, _FALLOC_FL_PUNCH_HOLE, self.size, 1 << 20)
+        except OSError as error:
+            # A block device has nothing behind its end (EINVAL); it says at the first discard what it can do.
+            return error.errno not in _UNSUPPORTED
+        return True
+
+    async def aclose(self) -> None:
+        """Makes everything durable, then lets go of the file."""
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        try:
+            if not self.read_only:
+                await trio.to_thread.run_sync(os.fdatasync, fd)
+        finally:
+            os.close(fd)
+
+    async def read(self, offset: int, iov: IoVec) -> None:
+        """Reads into the initiator's memory."""
+        done = 0
+        if len(iov) <= _IOV_MAX:
+            try:
+                done = os.preadv(self._fd, iov, offset, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                    raise
+            if done == iov.nbytes:
+                return
+        await trio.to_thread.run_sync(self._transfer, os.preadv, offset + done, iov.slice(done, iov.nbytes), 0)
+
+    @blocking
+    def write(self, offset: int, iov: IoVec, *, fua: bool = False) -> None:
+        """Writes from the initiator's memory."""
+        self._transfer(os.pwritev, offset, iov, os.RWF_DSYNC if fua else 0)
+
+    def _transfer(
+        self, call: Callable[[int, Sequence[memoryview], int, int], int], offset: int, iov: IoVec, flags: int
+    ) -> None:
+        """All of it, or an error."""
+        while iov.nbytes:
+            done = call(self._fd, iov if len(iov) <= _IOV_MAX else list(iov)[:_IOV_MAX], offset, flags)
+            if done == 0:
+                raise OSError(errno.EIO, f"{self.path} ends at {offset}: it was truncated")
+            offset += done
+            iov = iov.slice(done, iov.nbytes)
+
+    @blocking
+    def flush(self) -> None:
+        """Makes what was written durable."""
+        if self._sync_failed is not None:
+            # The kernel reports a failed write-back once and drops the pages: a later success would be a lie.
+            raise OSError(self._sync_failed.errno, f"data was lost by an earlier flush: {self._sync_failed}")
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self._sync_failed = error
+            raise
+
+    @blocking
+    def discard(self, offset: int, length: int) -> None:
+        """Punches a hole."""
+        self._zero(_FALLOC_FL_PUNCH_HOLE, offset, length)
+
+    @blocking
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Zeroes, and keeps the space."""
+        self._zero(_FALLOC_FL_ZERO_RANGE, offset, length)
+
+    def _zero(self, mode: int, offset: int, length: int) -> None:
+        try:
+            _fallocate(self._fd, mode, offset, length)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            for at in range(offset, offset + length, len(_ZEROES)):
+                part = IoVec([_ZEROES[: min(len(_ZEROES), offset + length - at)]])
+                self._transfer(os.pwritev, at, part, 0)

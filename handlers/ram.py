@@ -1,0 +1,72 @@
+"""A disk that lives in memory and is forgotten at the end: `ram:`, with `--size`."""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING
+
+from tcmu_rs import BlockHandler, IoVec, Options
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class RamHandler(BlockHandler):
+    """Memory that is taken as it is written, and given back as it is discarded.
+
+    Args:
+        size: Bytes.
+        block_size: Bytes of a logical block.
+        read_only: Refuse writes.
+    """
+
+    fills_reads = True
+    discard_zeroes = True
+
+    def __init__(self, size: int, *, block_size: int = 512, read_only: bool = False) -> None:
+        self.size = size
+        self.block_size = block_size
+        self.read_only = read_only
+
+    @classmethod
+    def from_config(cls, config: str, options: Options) -> Self:
+        """Takes no text; the size is an option."""
+        if config:
+            raise ValueError(f"ram takes nothing behind the colon, not {config!r}")
+        if options.size is None:
+            raise ValueError("ram has no size of its own: add --size, such as --size 1G")
+        if options.extra:
+            raise ValueError(f"ram knows no option {', '.join(options.extra)}")
+        return cls(options.size, block_size=options.block_size or 512, read_only=options.read_only)
+
+    async def open(self) -> None:
+        """Reserves the address space."""
+        self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._data = memoryview(self._map)
+
+    async def aclose(self) -> None:
+        """Gives the memory back."""
+        if hasattr(self, "_map"):
+            self._data.release()
+            self._map.close()
+
+    def read(self, offset: int, iov: IoVec) -> None:
+        """Copies out."""
+        iov.copy_from(self._data[offset : offset + iov.nbytes])
+
+    def write(self, offset: int, iov: IoVec) -> None:
+        """Copies in."""
+        iov.copy_into(self._data[offset : offset + iov.nbytes])
+
+    def discard(self, offset: int, length: int) -> None:
+        """Frees whole pages and zeroes the rest."""
+        page = mmap.PAGESIZE
+        start, stop = -(-offset // page) * page, (offset + length) // page * page
+        if start >= stop:
+            self._data[offset : offset + length] = bytes(length)
+            return
+        self._data[offset:start] = bytes(start - offset)
+        self._data[stop : offset + length] = bytes(offset + length - stop)
+        self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    write_zeroes = discard

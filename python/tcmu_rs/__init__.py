@@ -1,0 +1,51 @@
+"""SCSI devices served to the Linux kernel from Python, under trio."""
+
+from . import _errors
+from ._errors import (
+    Busy,
+    DeviceError,
+    DeviceRemovedError,
+    HardwareError,
+    IllegalRequest,
+    MediumError,
+    MediumNotPresent,
+    Miscompare,
+    NotReady,
+    OutOfSpace,
+    RingCorruptError,
+    ScsiError,
+    WriteProtected,
+)
+from ._handler import BlockHandler, Handler, Identity, Options, blocking
+from ._native import Command, IoVec, __version__, debug_build
+from ._runtime import Device
+
+if debug_build:
+    import warnings
+
+    warnings.warn("tcmu_rs._native is a debug build: many times slower than a release build", stacklevel=2)
+
+__all__ = [
+    "BlockHandler",
+    "Busy",
+    "Command",
+    "Device",
+    "DeviceError",
+    "DeviceRemovedError",
+    "Handler",
+    "HardwareError",
+    "Identity",
+    "IllegalRequest",
+    "IoVec",
+    "MediumError",
+    "MediumNotPresent",
+    "Miscompare",
+    "NotReady",
+    "Options",
+    "OutOfSpace",
+    "RingCorruptError",
+    "ScsiError",
+    "WriteProtected",
+    "__version__",
+    "blocking",
+]

@@ -1,0 +1,533 @@
+"""The engine under every device: commands out of the ring, into handlers, and their answers back.
+
+Life of a device: `serve_ring` starts one worker. A worker that has nothing to run waits for the ring, takes a batch
+out of it, and runs the commands one after the other, in its own task. While no handler suspends, that is all there
+is: one wake-up, a coroutine call per command, one doorbell. The moment a handler does suspend, and not before,
+another worker is called up to go on with the rest and with the ring. Workers grow to `max_in_flight` that run
+commands, and one more that watches the ring: so even a device whose handlers all hang hears of aborted commands.
+
+Each worker has a cancel scope around the commands it runs, entered once, not once per command. Task management
+cancels the scope of the command meant; the worker then enters a new one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import types
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from . import _errors, _native
+from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger("tcmu_rs")
+
+BATCH = 64
+"""Entries taken from the ring at once; between batches other tasks run."""
+PENDING_LIMIT = 1024
+"""Commands kept waiting for a worker; more stay in the ring."""
+GRACE = 10.0
+"""Seconds that commands in flight get when a device stops."""
+
+_ABORTED = _errors.Failure(_errors.TASK_ABORTED)
+_BUSY = _errors.Failure(_errors.BUSY)
+_BUG = _errors.HardwareError.failure
+_INVALID_OPCODE = _errors.Failure(_errors.CHECK_CONDITION, 0x5, 0x20, 0x00)
+
+_Coroutine = Coroutine[Any, Any, Any]
+_Call = Callable[["_native.Command"], "_Coroutine | None"]
+
+
+@types.coroutine
+def _resume(coroutine: _Coroutine, trap: Any) -> Generator[Any, Any, Any]:
+    """Goes on with a coroutine that has suspended with `trap`, on behalf of the task that awaits this."""
+    while True:
+        try:
+            value = yield trap
+        except GeneratorExit:
+            coroutine.close()
+            raise
+        except BaseException as error:
+            try:
+                trap = coroutine.throw(error)
+            except StopIteration as stop:
+                return stop.value
+        else:
+            try:
+                trap = coroutine.send(value)
+            except StopIteration as stop:
+                return stop.value
+
+
+class Device:
+    """A device that is being served.
+
+    Attributes:
+        name: Its name, for people.
+        handler: What serves it.
+        size: Bytes.
+        block_size: Bytes of a logical block.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        ring: _native.Ring,
+        name: str,
+        *,
+        strict: bool,
+        grace: float,
+        free_kept: Callable[[int], None] | None,
+    ) -> None:
+        self.name = name
+        self.handler = handler
+        self.size = handler.size
+        self.block_size = handler.block_size
+        self._ring = ring
+        self._strict = strict
+        self._grace = grace
+        self._free_kept = free_kept
+        self._limiter = trio.CapacityLimiter(handler.max_in_flight)
+        self._max_in_flight = handler.max_in_flight
+        self._calls: dict[int | None, _Call] = self._find_calls()
+        self._pending: deque[_native.Command] = deque()
+        self._idle: list[trio.lowlevel.Task] = []
+        self._scopes: dict[int, trio.CancelScope] = {}
+        self._workers = 0
+        self._running = 0
+        self._pumping = False
+        self._dirty = False
+        self._stopping = False
+        self._drained = trio.Event()
+        self._reaping = False
+        self._bugs: set[tuple[str, str]] = set()
+        self._nursery: trio.Nursery | None = None
+        self._stop_requested = trio.Event()
+
+    def __repr__(self) -> str:
+        return f"<tcmu_rs.Device {self.name!r}, {self.size} bytes, served by {type(self.handler).__name__}>"
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the start: commands, emulated, doorbells, wakeups; and what runs and waits now."""
+        return {**self._ring.statistics(), "running": self._running, "pending": len(self._pending)}
+
+    def stop(self) -> None:
+        """Asks the device to stop: no new commands, then as when its task is cancelled."""
+        self._stop_requested.set()
+
+    def shorten_grace(self, grace: float = 0.0) -> None:
+        """Sets the seconds that commands in flight get from now on, when the device stops or is stopping."""
+        self._grace = grace
+        if self._stopping:
+            self._drained.set()
+
+    # How each verb is called, decided once.
+
+    def _find_calls(self) -> dict[int | None, _Call]:
+        handler = self.handler
+        calls: dict[int | None, _Call] = {}
+        if not isinstance(handler, BlockHandler):
+            calls[None] = self._colour("command", lambda cmd: (cmd,), self._reply)
+            return calls
+        if has(handler, "scsi_command"):
+            calls[None] = self._colour("scsi_command", lambda cmd: (cmd,), self._reply_or_emulate)
+        arguments: dict[Verb, Callable[[_native.Command], tuple[Any, ...]]] = {
+            Verb.READ: lambda cmd: (cmd.offset, cmd.iov),
+            Verb.WRITE: lambda cmd: (cmd.offset, cmd.iov),
+            Verb.FLUSH: lambda cmd: (),
+            Verb.DISCARD: lambda cmd: (cmd.offset, cmd.length),
+            Verb.WRITE_ZEROES: lambda cmd: (cmd.offset, cmd.length),
+        }
+        for verb, name in METHODS.items():
+            if has(handler, name):
+                calls[int(verb)] = self._colour(name, arguments[verb], None, fua=verb == Verb.WRITE and handler.native_fua)
+        return calls
+
+    def _colour(
+        self,
+        name: str,
+        arguments: Callable[[_native.Command], tuple[Any, ...]],
+        finish: Callable[[_native.Command, Any], None] | None,
+        *,
+        fua: bool = False,
+    ) -> _Call:
+        method: Callable[..., Any] = getattr(self.handler, name)
+        colour = colour_of(method)
+        what = f"{type(self.handler).__name__}.{name}()"
+
+        if colour is Colour.PLAIN:
+
+            def plain(cmd: _native.Command) -> None:
+                result = method(*arguments(cmd), fua=cmd.fua) if fua else method(*arguments(cmd))
+                if isinstance(result, Awaitable):
+                    if isinstance(result, Coroutine):
+                        result.close()
+                    raise TypeError(f"{what} is a plain function that returned an awaitable: write `async def`")
+                if finish is not None:
+                    finish(cmd, result)
+                elif result is not None:
+                    raise TypeError(f"{what} returned {result!r}: transfers are whole, return None")
+
+            return plain
+
+        if colour is Colour.ASYNC and finish is None:
+            # The hot path: what the handler made is what the worker runs, with nothing around it.
+            if name == "read" or (name == "write" and not fua):
+                return lambda cmd: method(cmd.offset, cmd.iov)
+            if not fua:
+                return lambda cmd: method(*arguments(cmd))
+            return lambda cmd: method(*arguments(cmd), fua=cmd.fua)
+
+        async def suspended(cmd: _native.Command) -> None:
+            call = functools.partial(method, *arguments(cmd), **({"fua": cmd.fua} if fua else {}))
+            if colour is Colour.BLOCKING:
+                # Not abandoned on cancel: the thread may still be writing into the data area.
+                result = await trio.to_thread.run_sync(call, limiter=self._limiter)
+            else:
+                result = await call()
+            if finish is not None:
+                finish(cmd, result)
+
+        return suspended
+
+    def _reply(self, cmd: _native.Command, result: Any) -> None:
+        if result is not None and not isinstance(result, int):
+            raise TypeError(f"{type(self.handler).__name__} returned {result!r}: return None or a number of bytes")
+        cmd.succeed(result)
+
+    def _reply_or_emulate(self, cmd: _native.Command, result: Any) -> None:
+        if result is NotImplemented:
+            cmd.emulate()
+        else:
+            self._reply(cmd, result)
+
+    # Workers.
+
+    async def _worker(self) -> None:
+        self._workers += 1
+        try:
+            while not self._stopping:
+                with trio.CancelScope() as scope:
+                    await self._work(scope)
+        finally:
+            self._workers -= 1
+            if self._stopping and self._running == 0:
+                self._drained.set()
+
+    async def _work(self, scope: trio.CancelScope) -> None:
+        """Runs commands and watches the ring until the scope is spent on an aborted command, or the device stops."""
+        waited = False
+        while not (self._stopping or scope.cancel_called):
+            if self._pending and self._running < self._max_in_flight:
+                await self._run(self._pending.popleft(), scope)
+                continue
+            if self._dirty:
+                # Others may finish in this pass of the loop too: one doorbell for all of them. When none can, at once.
+                if self._running and not waited:
+                    waited = True
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    continue
+                self._commit()
+            waited = False
+            if not self._pumping and len(self._pending) < PENDING_LIMIT:
+                await self._pump()
+            else:
+                await self._park()
+
+    async def _pump(self) -> None:
+        """Waits for the ring and takes a batch."""
+        self._pumping = True
+        try:
+            if self._ring.pending():
+                await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.wait_readable(self._ring.fileno())
+            if self._stopping:
+                return
+            batch = self._ring.drain(BATCH)
+        finally:
+            self._pumping = False
+        # What the emulation answered is not handed back yet, nor the space of entries that need no answer.
+        self._dirty = True
+        for item in batch:
+            if isinstance(item, _native.Command):
+                self._pending.append(item)
+            else:
+                self._abort(item.commands)
+
+    async def _park(self) -> None:
+        task = trio.lowlevel.current_task()
+        self._idle.append(task)
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self._idle.remove(task)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def _call_workers(self) -> None:
+        """A command has suspended: sees to it that somebody watches the ring and goes on with what waits."""
+        room = min(len(self._pending), self._max_in_flight - self._running)
+        # Two at a time, so that a batch of suspending commands is under way after a few passes of the loop.
+        wanted = min(2, room) or (0 if self._pumping else 1)
+        for _ in range(wanted):
+            if self._idle:
+                trio.lowlevel.reschedule(self._idle.pop())
+            elif self._workers <= self._max_in_flight and self._nursery is not None:
+                self._nursery.start_soon(self._worker, name=f"<tcmu_rs worker of {self.name}>")
+                return
+
+    async def _run(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
+        """Runs one command to its answer, whatever happens."""
+        self._running += 1
+        failure: _errors.Failure | None = None
+        crash: Exception | None = None
+        verb = cmd.verb
+        try:
+            while True:
+                call = self._calls.get(verb)
+                if call is None:
+                    failure = _INVALID_OPCODE
+                    break
+                coroutine = call(cmd)
+                if coroutine is not None:
+                    try:
+                        trap = coroutine.send(None)
+                    except StopIteration:
+                        pass
+                    else:
+                        self._scopes[cmd.id] = scope
+                        self._call_workers()
+                        try:
+                            await _resume(coroutine, trap)
+                        finally:
+                            del self._scopes[cmd.id]
+                    del coroutine
+                if verb is None:
+                    # Answered by now, or left to the emulation, which may want a step done.
+                    if cmd.answered:
+                        break
+                elif not cmd.advance():
+                    break
+                verb = cmd.verb
+        except _errors.DeviceError:
+            raise
+        except Exception as error:
+            failure = self._failure(error, verb)
+            if self._strict and failure is _BUG:
+                crash = error
+        except BaseException:
+            # Cancelled, by task management or because the device ends: never swallowed.
+            failure = _ABORTED
+            raise
+        finally:
+            self._running -= 1
+            self._dirty = True
+            # Only now, when the traceback and with it the frames that may hold views are gone.
+            if failure is not None:
+                cmd.fail(*failure)
+            if cmd.lent:
+                self._keep(cmd, verb)
+            if self._stopping and self._running == 0:
+                self._drained.set()
+        if crash is not None:
+            raise crash
+
+    def _failure(self, error: Exception, verb: int | None) -> _errors.Failure:
+        writing = verb not in (None, Verb.READ)
+        failure = _errors.failure_of(error, writing=writing)
+        method = METHODS[Verb(verb)] if verb is not None else "command"
+        what = f"{type(self.handler).__name__}.{method}()"
+        if failure is not None:
+            logger.warning("%s: %s failed: %s", self.name, what, error)
+            return failure
+        # Once per place: a broken handler must not fill the disk with its tracebacks.
+        kind = (what, type(error).__name__)
+        if kind not in self._bugs:
+            self._bugs.add(kind)
+            logger.error("%s: %s raised what it must not", self.name, what, exc_info=error)
+        return _BUG
+
+    def _abort(self, ids: list[int]) -> None:
+        for cmd_id in ids:
+            scope = self._scopes.get(cmd_id)
+            if scope is not None:
+                scope.cancel()
+        waiting = [cmd for cmd in self._pending if cmd.id in ids]
+        for cmd in waiting:
+            self._pending.remove(cmd)
+            cmd.fail(*_ABORTED)
+
+    def _commit(self) -> None:
+        self._dirty = False
+        self._ring.commit()
+
+    # Memory that is still looked at after the answer.
+
+    def _keep(self, cmd: _native.Command, verb: int | None) -> None:
+        method = METHODS[Verb(verb)] if verb is not None else "command"
+        logger.warning(
+            "%s: %s.%s() kept %d views of a command's data after it returned; their memory stays in use",
+            self.name, type(self.handler).__name__, method, cmd.lent,
+        )  # fmt: skip
+        if not self._reaping and self._nursery is not None:
+            self._reaping = True
+            self._nursery.start_soon(self._reap)
+
+    async def _reap(self) -> None:
+        fd = self._ring.wake_fileno()
+        while not self._stopping:
+            for cmd_id in self._ring.reap():
+                if self._free_kept is not None:
+                    self._free_kept(cmd_id)
+            self._commit()
+            await trio.lowlevel.wait_readable(fd)
+
+    # The whole life.
+
+    async def run(self, task_status: trio.TaskStatus[Device]) -> None:
+        """Serves until cancelled or stopped; raises `DeviceError` if the device is over before."""
+        shield = trio.CancelScope(shield=True)
+        try:
+            async with trio.open_nursery() as outer:
+
+                async def engine() -> None:
+                    with shield:
+                        async with trio.open_nursery() as self._nursery:
+                            self._nursery.start_soon(self._worker, name=f"<tcmu_rs worker of {self.name}>")
+
+                outer.start_soon(engine)
+                task_status.started(self)
+                try:
+                    await self._stop_requested.wait()
+                finally:
+                    await self._wind_down(shield)
+        finally:
+            self._close()
+
+    async def _wind_down(self, shield: trio.CancelScope) -> None:
+        """No new commands; a grace period for those in flight; then they are cancelled."""
+        self._stopping = True
+        if self._running == 0:
+            self._drained.set()
+        with trio.move_on_after(self._grace, shield=True):
+            await self._drained.wait()
+        shield.cancel()
+
+    def _close(self) -> None:
+        """Answers what was not begun, with a status that makes initiators try again, and lets go of the device."""
+        try:
+            for cmd in self._pending:
+                cmd.fail(*_BUSY)
+            self._pending.clear()
+            self._ring.commit()
+            # Bounded: an initiator may send the same commands again at once.
+            for _ in range(PENDING_LIMIT // BATCH):
+                for item in self._ring.drain(BATCH):
+                    if isinstance(item, _native.Command):
+                        item.fail(*_BUSY)
+                self._ring.commit()
+                if not self._ring.pending():
+                    break
+            for cmd_id in self._ring.reap():
+                if self._free_kept is not None:
+                    self._free_kept(cmd_id)
+            self._ring.commit()
+        except (_errors.DeviceError, OSError):
+            # The device is over already: that error is on its way, and nothing can be answered.
+            pass
+        finally:
+            try:
+                trio.lowlevel.notify_closing(self._ring.fileno())
+            except _errors.DeviceError:
+                pass
+            self._ring.close()
+
+
+def unit_for(handler: BlockHandler, *, serial: str, naa: bytes) -> _native.LogicalUnit:
+    """Describes a block handler to the emulation; read-only and capabilities by what is there."""
+    identity = handler.identity
+    return _native.LogicalUnit(
+        size=handler.size,
+        block_size=handler.block_size,
+        physical_block_size=handler.physical_block_size,
+        rotational=handler.rotational,
+        discard_granularity=handler.discard_granularity,
+        writable=has(handler, "write") and not handler.read_only,
+        flush=has(handler, "flush"),
+        native_fua=handler.native_fua,
+        discard=has(handler, "discard"),
+        discard_zeroes=handler.discard_zeroes,
+        write_zeroes=has(handler, "write_zeroes"),
+        vendor=identity.vendor,
+        product=identity.product,
+        revision=identity.revision,
+        serial=identity.serial if identity.serial is not None else serial,
+        naa=naa,
+    )
+
+
+@contextmanager
+def _closing(*fds: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+async def serve_ring(
+    handler: Handler,
+    *,
+    memory: int,
+    event: int,
+    map_size: int,
+    name: str,
+    serial: str,
+    naa: bytes,
+    strict: bool = False,
+    grace: float = GRACE,
+    free_kept: Callable[[int], None] | None = None,
+    task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves a handler that is open on a ring that is there: the kernel's or the simulator's.
+
+    Args:
+        handler: The open handler. Closing it is the caller's.
+        memory: Descriptor to map. May be closed when the device has started.
+        event: Descriptor of the doorbell, non-blocking. May be closed when the device has started.
+        map_size: Bytes to map.
+        name: For the log.
+        serial: Unit serial number.
+        naa: The 16 bytes of the NAA-6 designator.
+        strict: Raise what a handler must not raise, instead of going on.
+        grace: Seconds for commands in flight when the device stops.
+        free_kept: Tells the kernel that a kept buffer is free.
+        task_status: Gets the `Device` once commands flow.
+
+    Resource handling: the ring is closed when this returns or raises; every command has been answered by then.
+
+    Raises:
+        DeviceError: The device went away, or its shared memory is corrupt.
+    """
+    check(handler)
+    unit = unit_for(handler, serial=serial, naa=naa) if isinstance(handler, BlockHandler) else None
+    ring = _native.Ring(
+        memory,
+        event,
+        map_size,
+        unit,
+        intercept=has(handler, "scsi_command"),
+        fills_reads=getattr(handler, "fills_reads", False),
+    )
+    device = Device(handler, ring, name, strict=strict, grace=grace, free_kept=free_kept)
+    await device.run(task_status)

@@ -1,0 +1,474 @@
+//! A device: one ring, its doorbell, and what it emulates. Joins [`ring`](crate::ring) and [`scsi`](crate::scsi).
+//!
+//! # The duty to answer
+//!
+//! A [`Claim`] stands for one outstanding command. [`Claim::answer`] works once, whoever calls it and how often; a
+//! claim that is dropped unanswered answers ABORTED COMMAND by itself. Nothing else completes commands.
+//!
+//! # When views of the data outlive the answer
+//!
+//! The answer closes the data (see [`lease`](crate::ring::lease)). If views are left, the data blocks must not be
+//! used for another command yet: where the kernel can keep buffers the initiator is answered at once and the blocks
+//! are freed later, through configfs, by whoever calls [`Device::reap`]; elsewhere the answer itself waits.
+//!
+//! # Threads
+//!
+//! One task drains. Answers, drops and releases may come from any thread; the ring is behind a mutex for them, which
+//! is held for a few stores only, and never while foreign code runs.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use rustix::event::{EventfdFlags, eventfd};
+use smallvec::SmallVec;
+
+use crate::abi;
+use crate::mapping::Mapping;
+use crate::ring::lease::{Closed, Lease};
+use crate::ring::{Buffer, Cdb, CmdId, Entry, Response, Ring, RingError, TaskManagement};
+use crate::scsi::LogicalUnit;
+use crate::scsi::sense::{Sense, SenseFormat};
+use crate::scsi::{DataBuffer, Next, Reply, Status, Step, Task, Verb};
+
+/// What ends a device. A command that fails is not among it: that is an answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The kernel removed the device.
+    #[error("the kernel removed the device")]
+    Removed,
+    /// The ring cannot be trusted any more.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// The descriptor failed.
+    #[error("the device's descriptor failed: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Counters since the start, for people and tests.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Commands fetched.
+    pub commands: AtomicU64,
+    /// Commands answered with no help of a handler.
+    pub emulated: AtomicU64,
+    /// Times that the doorbell was rung.
+    pub doorbells: AtomicU64,
+    /// Times that an event was taken.
+    pub wakeups: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Parked {
+    /// Answers that wait for the last view, by command.
+    held: HashMap<CmdId, Response>,
+    /// Commands whose last view is gone.
+    released: Vec<CmdId>,
+}
+
+/// What a drain found for the layer above.
+#[derive(Debug)]
+pub enum Work {
+    /// The handler is needed for this step.
+    Step(Arc<Claim>, Step),
+    /// Nothing was decided yet: the layer above answers, or asks [`Claim::start`].
+    Command(Arc<Claim>),
+    /// Commands that were aborted.
+    TaskManagement(TaskManagement),
+}
+
+/// One device.
+#[derive(Debug)]
+pub struct Device {
+    ring: Mutex<Ring>,
+    event: Mutex<Option<Arc<OwnedFd>>>,
+    unit: Option<Arc<LogicalUnit>>,
+    keeps_buffers: bool,
+    reads_len: bool,
+    parked: Mutex<Parked>,
+    wake: OnceLock<OwnedFd>,
+    /// What happened so far.
+    pub counters: Counters,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic while one of these is held leaves no half-done state that matters more than going on.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Device {
+    /// Takes up the ring in `mapping`; `event` is the UIO descriptor (non-blocking), or the simulator's.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`] when the mailbox is not one that we can serve.
+    pub fn new(mapping: Mapping, event: OwnedFd, unit: Option<Arc<LogicalUnit>>) -> Result<Self, DeviceError> {
+        let ring = Ring::attach(Arc::new(mapping))?;
+        Ok(Self {
+            keeps_buffers: ring.has(abi::MAILBOX_FLAG_CAP_KEEP_BUF),
+            reads_len: ring.has(abi::MAILBOX_FLAG_CAP_READ_LEN),
+            ring: Mutex::new(ring),
+            event: Mutex::new(Some(Arc::new(event))),
+            unit,
+            parked: Mutex::default(),
+            wake: OnceLock::new(),
+            counters: Counters::default(),
+        })
+    }
+
+    /// The emulated unit, unless commands are passed as they are.
+    #[must_use]
+    pub fn unit(&self) -> Option<&Arc<LogicalUnit>> {
+        self.unit.as_ref()
+    }
+
+    fn event(&self) -> Result<Arc<OwnedFd>, DeviceError> {
+        lock(&self.event).clone().ok_or(DeviceError::Ring(RingError::Dead))
+    }
+
+    /// The descriptor that is readable when commands wait.
+    ///
+    /// # Errors
+    /// [`RingError::Dead`] after [`Device::close`].
+    pub fn event_fd(&self) -> Result<RawFd, DeviceError> {
+        Ok(self.event()?.as_raw_fd())
+    }
+
+    /// Takes the event, then up to `limit` entries. With `intercept` no command is looked at here; otherwise those
+    /// that need no storage are answered, and the others come with their first step.
+    ///
+    /// The event is taken first: one that arrives during the scan makes the descriptor readable again.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device is over.
+    pub fn drain(self: &Arc<Self>, limit: usize, intercept: bool) -> Result<Vec<Work>, DeviceError> {
+        let mut count = [0u8; 4];
+        match rustix::io::read(&*self.event()?, &mut count) {
+            Ok(4) => {
+                self.counters.wakeups.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+            Ok(_) | Err(rustix::io::Errno::IO) => return Err(DeviceError::Removed),
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+        let mut work = Vec::new();
+        for _ in 0..limit {
+            // The lock is not held over the emulation, nor over the drop of a claim.
+            let entry = lock(&self.ring).fetch()?;
+            match entry {
+                None => break,
+                Some(Entry::TaskManagement(tmr)) => work.push(Work::TaskManagement(tmr)),
+                Some(Entry::Command(command)) => {
+                    self.counters.commands.fetch_add(1, Ordering::Relaxed);
+                    let claim = Arc::new(Claim {
+                        device: self.clone(),
+                        id: command.id,
+                        cdb: command.cdb,
+                        data: command.data,
+                        bidi_in: command.bidi_in,
+                        lease: Lease::new(),
+                        filled: AtomicBool::new(false),
+                        data_out: AtomicBool::new(false),
+                        answered: AtomicBool::new(false),
+                        task: Mutex::new(None),
+                    });
+                    if intercept || self.unit.is_none() {
+                        work.push(Work::Command(claim));
+                    } else if let Some(step) = claim.start()? {
+                        work.push(Work::Step(claim, step));
+                    } else {
+                        self.counters.emulated.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            }
+        }
+        Ok(work)
+    }
+
+    /// Whether entries wait that were not drained.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`].
+    pub fn pending(&self) -> Result<bool, DeviceError> {
+        Ok(lock(&self.ring).pending()?)
+    }
+
+    /// Hands back what was answered, and rings the doorbell if there is anything.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device is over.
+    pub fn commit(&self) -> Result<(), DeviceError> {
+        // Tail and doorbell under one lock: otherwise the kernel, in its loop for another thread's doorbell, may read
+        // our new tail before the slots on a weakly ordered CPU.
+        let mut ring = lock(&self.ring);
+        if !ring.commit()? {
+            return Ok(());
+        }
+        let event = self.event()?;
+        self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
+        match rustix::io::write(&*event, &1u32.to_ne_bytes()) {
+            // A full socket (the simulator's) has been rung often enough.
+            Ok(_) | Err(rustix::io::Errno::AGAIN) => Ok(()),
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::IO | rustix::io::Errno::PIPE) => {
+                Err(DeviceError::Removed)
+            }
+            Err(error) => Err(io::Error::from(error).into()),
+        }
+    }
+
+    /// Commands that are not answered yet.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        lock(&self.ring).in_flight()
+    }
+
+    /// Readable when the last view of an answered command went away: [`Device::reap`] is due. Made at the first call;
+    /// what was released before is not lost, if `reap` is called once after it.
+    ///
+    /// # Errors
+    /// What `eventfd(2)` says.
+    pub fn wake_fd(&self) -> io::Result<RawFd> {
+        if self.wake.get().is_none() {
+            let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+            let _ = self.wake.set(fd);
+        }
+        self.wake.get().map(AsRawFd::as_raw_fd).ok_or_else(|| io::Error::other("no eventfd"))
+    }
+
+    /// Ends what waited for views that are gone: completes the answers that were held, and returns the ids whose kept
+    /// buffers have to be freed (`action/free_kept_buf`). Commit afterwards.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`].
+    pub fn reap(&self) -> Result<Vec<u16>, DeviceError> {
+        if let Some(fd) = self.wake.get() {
+            let _ = rustix::io::read(fd, &mut [0u8; 8]);
+        }
+        let mut kept = Vec::new();
+        let mut parked = lock(&self.parked);
+        for id in std::mem::take(&mut parked.released) {
+            match parked.held.remove(&id) {
+                Some(response) => lock(&self.ring).complete(id, response)?,
+                None => kept.push(id.0),
+            }
+        }
+        Ok(kept)
+    }
+
+    fn released(&self, id: CmdId) {
+        lock(&self.parked).released.push(id);
+        if let Some(fd) = self.wake.get() {
+            let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Gives the device up: the descriptor is closed, answers go nowhere from now on. The memory stays mapped while
+    /// views of it are left.
+    pub fn close(&self) {
+        lock(&self.ring).abandon();
+        lock(&self.event).take();
+    }
+}
+
+/// How an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answered {
+    /// It is on its way, with the next commit.
+    Sent,
+    /// It is on its way, and the data blocks stay with `views` views.
+    Kept {
+        /// Views left.
+        views: usize,
+    },
+    /// It waits for `views` views.
+    Held {
+        /// Views left.
+        views: usize,
+    },
+    /// There was an answer before.
+    Already,
+}
+
+/// One outstanding command, and the duty to answer it.
+#[derive(Debug)]
+pub struct Claim {
+    device: Arc<Device>,
+    id: CmdId,
+    cdb: Cdb,
+    data: Buffer,
+    bidi_in: Option<Buffer>,
+    lease: Lease,
+    /// Every byte of the Data-In was written, by somebody who means it or by a zeroing.
+    filled: AtomicBool,
+    /// The main buffer is known to hold Data-Out.
+    data_out: AtomicBool,
+    answered: AtomicBool,
+    task: Mutex<Option<Task>>,
+}
+
+impl Claim {
+    /// Its id on the ring.
+    #[must_use]
+    pub fn id(&self) -> CmdId {
+        self.id
+    }
+
+    /// The command descriptor block.
+    #[must_use]
+    pub fn cdb(&self) -> &[u8] {
+        &self.cdb
+    }
+
+    /// The main buffer.
+    #[must_use]
+    pub fn data(&self) -> &Buffer {
+        &self.data
+    }
+
+    /// Where Data-In goes: of a bidirectional command its own buffer.
+    #[must_use]
+    pub fn data_in(&self) -> &Buffer {
+        self.bidi_in.as_ref().unwrap_or(&self.data)
+    }
+
+    /// Whether there was an answer.
+    #[must_use]
+    pub fn is_answered(&self) -> bool {
+        self.answered.load(Ordering::Acquire)
+    }
+
+    /// Lets the emulation look at the command. Returns the step for the handler, or `None` if it is answered.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`] from the answer.
+    pub fn start(&self) -> Result<Option<Step>, DeviceError> {
+        match &self.device.unit {
+            Some(unit) => self.go_on(unit.start(&self.cdb, &self.data)),
+            None => self.answer(Reply::check(Sense::INVALID_OPCODE)).map(|_| None),
+        }
+    }
+
+    /// The step succeeded: returns the next one, or `None` if the command is answered now.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`] from the answer.
+    pub fn advance(&self, scratch: Option<Vec<u8>>) -> Result<Option<Step>, DeviceError> {
+        let task = lock(&self.task).take();
+        match (&self.device.unit, task) {
+            (Some(unit), Some(task)) => self.go_on(unit.resume(task, &self.data, scratch)),
+            _ => Ok(None),
+        }
+    }
+
+    fn go_on(&self, next: Next) -> Result<Option<Step>, DeviceError> {
+        match next {
+            Next::Done(reply) => self.answer(reply).map(|_| None),
+            Next::Call(step, task) => {
+                *lock(&self.task) = Some(task);
+                self.data_out.store(step.verb == Verb::Write, Ordering::Relaxed);
+                Ok(Some(step))
+            }
+        }
+    }
+
+    /// Whether every byte of Data-In was written.
+    #[must_use]
+    pub fn is_filled(&self) -> bool {
+        self.filled.load(Ordering::Relaxed)
+    }
+
+    /// Somebody takes it on himself that every byte of Data-In is written.
+    pub fn set_filled(&self) {
+        self.filled.store(true, Ordering::Relaxed);
+    }
+
+    /// Zeroes Data-In before its first partial use: what a handler forgets to write is zeroes then, and never what
+    /// the memory held before.
+    pub fn zero_unless_filled(&self) {
+        if !self.filled.swap(true, Ordering::Relaxed) {
+            self.data_in().zero(0..usize::MAX);
+        }
+    }
+
+    /// Counts a view of the data. `false`: the command is answered, there is nothing to see any more.
+    #[must_use]
+    pub fn lend(&self) -> bool {
+        self.lease.acquire()
+    }
+
+    /// Counts a view out; the last one of an answered command frees its data.
+    pub fn give_back(&self) {
+        if self.lease.release() {
+            self.device.released(self.id);
+        }
+    }
+
+    /// Answers the command, once.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`] when the ring is dead: the answer goes nowhere then, and the device is over.
+    pub fn answer(&self, reply: Reply) -> Result<Answered, DeviceError> {
+        if self.answered.swap(true, Ordering::AcqRel) {
+            return Ok(Answered::Already);
+        }
+        let response = self.response(reply);
+        // Under the lock, so that a release from another thread finds the held answer.
+        let mut parked = lock(&self.device.parked);
+        match self.lease.close() {
+            Closed::Lent if self.device.keeps_buffers => {
+                drop(parked);
+                let views = self.lease.lent();
+                lock(&self.device.ring).complete(self.id, Response { keep_buf: true, ..response })?;
+                Ok(Answered::Kept { views })
+            }
+            Closed::Lent => {
+                parked.held.insert(self.id, response);
+                Ok(Answered::Held { views: self.lease.lent() })
+            }
+            Closed::Free | Closed::Already => {
+                drop(parked);
+                lock(&self.device.ring).complete(self.id, response)?;
+                Ok(Answered::Sent)
+            }
+        }
+    }
+
+    fn response(&self, reply: Reply) -> Response {
+        let mut sense: SmallVec<[u8; 32]> = SmallVec::new();
+        if let Some(data) = &reply.sense {
+            let (bytes, length) = match &self.device.unit {
+                Some(unit) => unit.encode_sense(data),
+                None => data.encode(SenseFormat::Fixed),
+            };
+            sense.extend_from_slice(&bytes[..length]);
+        }
+        let data_in = self.data_in();
+        let valid = reply.data_in.min(data_in.len());
+        let mut read_len = None;
+        let input = self.bidi_in.is_some() || !self.data_out.load(Ordering::Relaxed);
+        // With CHECK CONDITION the kernel copies no data unless told a length. With every other status it copies the
+        // whole buffer, to where the initiator can see it.
+        if input && valid < data_in.len() {
+            if valid > 0 && self.device.reads_len && self.bidi_in.is_none() {
+                read_len = u32::try_from(valid).ok();
+            }
+            let told = read_len.is_some() && matches!(reply.status, Status::Good | Status::CheckCondition);
+            if !told && reply.status != Status::CheckCondition {
+                data_in.zero(valid..usize::MAX);
+            }
+        } else if valid > 0 && reply.status == Status::CheckCondition && self.device.reads_len {
+            read_len = u32::try_from(valid).ok();
+        }
+        Response { status: reply.status as u8, sense, read_len, keep_buf: false }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if !self.is_answered() && self.answer(Reply::check(Sense::ABORTED_COMMAND)).is_ok() {
+            let _ = self.device.commit();
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! The Python module `tcmu_rs._native`. Knows PyO3, and nothing of the kernel's layout.
+
+use pyo3::exceptions::PyOSError;
+use pyo3::prelude::*;
+
+use crate::device::DeviceError;
+
+mod iovec;
+mod netlink;
+mod ring;
+mod simulator;
+mod unit;
+
+mod exceptions {
+    #![allow(missing_docs)]
+    pyo3::import_exception!(tcmu_rs._errors, DeviceRemovedError);
+    pyo3::import_exception!(tcmu_rs._errors, RingCorruptError);
+}
+
+impl From<DeviceError> for PyErr {
+    fn from(error: DeviceError) -> Self {
+        match error {
+            DeviceError::Removed => exceptions::DeviceRemovedError::new_err(error.to_string()),
+            DeviceError::Io(error) => PyOSError::new_err((error.raw_os_error(), error.to_string())),
+            DeviceError::Ring(error) => exceptions::RingCorruptError::new_err(error.to_string()),
+        }
+    }
+}
+
+#[pymodule]
+mod _native {
+    #[pymodule_export]
+    use super::iovec::IoVec;
+    #[pymodule_export]
+    use super::netlink::{DeviceEvent, NetlinkSocket, ReceivedEvents};
+    #[pymodule_export]
+    use super::ring::{Command, Ring, TaskManagement};
+    #[pymodule_export]
+    use super::simulator::Simulator;
+    #[pymodule_export]
+    use super::unit::LogicalUnit;
+
+    /// The version of the package.
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    /// Whether this was compiled without optimisation.
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const debug_build: bool = cfg!(debug_assertions);
+}

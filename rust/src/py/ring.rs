@@ -1,0 +1,311 @@
+//! A device and its commands, for the runtime in `tcmu_rs._runtime`.
+
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
+
+use super::iovec::IoVec;
+use super::unit::LogicalUnit;
+use crate::device::{Answered, Claim, Device, Work};
+use crate::mapping::Mapping;
+use crate::scsi::sense::{Sense, SenseKey};
+use crate::scsi::{DataBuffer, Reply, Status, Step, StepBuffer, Verb};
+
+/// One device's ring and doorbell.
+#[pyclass(frozen, module = "tcmu_rs._native")]
+pub struct Ring {
+    device: Arc<Device>,
+    intercept: bool,
+    fills_reads: bool,
+}
+
+/// Notification that commands are being aborted.
+#[pyclass(frozen, get_all, module = "tcmu_rs._native")]
+pub struct TaskManagement {
+    /// The function: a `TCMU_TMR_*` number.
+    kind: u8,
+    /// The ids meant; they may be stale.
+    commands: Vec<u16>,
+}
+
+/// Duplicates a descriptor that Python lends for the call.
+#[allow(unsafe_code)]
+fn duplicate(fd: RawFd) -> std::io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(std::io::Error::from_raw_os_error(9));
+    }
+    // SAFETY: the descriptor is only borrowed for this call; a number that is not open gives EBADF.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    Ok(rustix::io::fcntl_dupfd_cloexec(borrowed, 3)?)
+}
+
+#[pymethods]
+impl Ring {
+    /// Maps `size` bytes of `memory` and takes the ring up; `event` is read and written 4 bytes at a time. Both
+    /// descriptors may be closed afterwards.
+    ///
+    /// Without `unit` every command is passed as it is. With `intercept` too, but then `Command.emulate` works.
+    #[new]
+    #[pyo3(signature = (memory, event, size, unit = None, *, intercept = false, fills_reads = false))]
+    fn new(
+        memory: RawFd,
+        event: RawFd,
+        size: usize,
+        unit: Option<&LogicalUnit>,
+        intercept: bool,
+        fills_reads: bool,
+    ) -> PyResult<Self> {
+        let mapping = Mapping::new(&duplicate(memory)?, size)?;
+        let unit = unit.map(|unit| unit.unit.clone());
+        let device = Device::new(mapping, duplicate(event)?, unit)?;
+        Ok(Self { device: Arc::new(device), intercept, fills_reads })
+    }
+
+    /// The descriptor to wait for.
+    fn fileno(&self) -> PyResult<RawFd> {
+        Ok(self.device.event_fd()?)
+    }
+
+    /// Takes up to `limit` entries: answers what needs no handler, returns the rest.
+    fn drain<'py>(&self, py: Python<'py>, limit: usize) -> PyResult<Bound<'py, PyList>> {
+        let list = PyList::empty(py);
+        for work in self.device.drain(limit, self.intercept)? {
+            match work {
+                Work::Step(claim, step) => list.append(self.command(py, claim, Some(step))?)?,
+                Work::Command(claim) => list.append(self.command(py, claim, None)?)?,
+                Work::TaskManagement(tmr) => {
+                    let commands = tmr.commands.into_iter().map(|id| id.0).collect();
+                    list.append(Bound::new(py, TaskManagement { kind: tmr.kind, commands })?)?;
+                }
+            }
+        }
+        Ok(list)
+    }
+
+    /// Whether entries wait.
+    fn pending(&self) -> PyResult<bool> {
+        Ok(self.device.pending()?)
+    }
+
+    /// Hands back what was answered, with one doorbell.
+    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+        // The kernel copies the Data-In of the whole batch inside the doorbell's write().
+        Ok(py.detach(|| self.device.commit())?)
+    }
+
+    /// Commands that are not answered.
+    #[getter]
+    fn in_flight(&self) -> usize {
+        self.device.in_flight()
+    }
+
+    /// Readable when `reap` is due.
+    fn wake_fileno(&self) -> PyResult<RawFd> {
+        Ok(self.device.wake_fd()?)
+    }
+
+    /// Sends answers whose last view went away; returns ids for `free_kept_buf`.
+    fn reap(&self) -> PyResult<Vec<u16>> {
+        Ok(self.device.reap()?)
+    }
+
+
+    /// Counters since the start.
+    fn statistics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = &self.device.counters;
+        let dict = PyDict::new(py);
+        dict.set_item("commands", counters.commands.load(Ordering::Relaxed))?;
+        dict.set_item("emulated", counters.emulated.load(Ordering::Relaxed))?;
+        dict.set_item("doorbells", counters.doorbells.load(Ordering::Relaxed))?;
+        dict.set_item("wakeups", counters.wakeups.load(Ordering::Relaxed))?;
+        Ok(dict)
+    }
+
+    /// Gives the device up; idempotent.
+    fn close(&self) {
+        self.device.close();
+    }
+}
+
+impl Ring {
+    fn command<'py>(&self, py: Python<'py>, claim: Arc<Claim>, step: Option<Step>) -> PyResult<Bound<'py, Command>> {
+        let command = Command {
+            claim,
+            step: Mutex::new(step),
+            scratch: Mutex::new(None),
+            fills_reads: self.fills_reads,
+            lent: Mutex::new(None),
+        };
+        Bound::new(py, command)
+    }
+}
+
+/// One command that waits for its answer. Dropped unanswered it answers ABORTED COMMAND.
+#[pyclass(frozen, module = "tcmu_rs._native")]
+pub struct Command {
+    claim: Arc<Claim>,
+    step: Mutex<Option<Step>>,
+    scratch: Mutex<Option<Py<PyByteArray>>>,
+    fills_reads: bool,
+    lent: Mutex<Option<Answered>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Command {
+    fn set(&self, step: Option<Step>) -> bool {
+        let more = step.is_some();
+        *lock(&self.step) = step;
+        more
+    }
+
+    fn answer(&self, reply: Reply) -> PyResult<()> {
+        self.set(None);
+        *lock(&self.lent) = Some(self.claim.answer(reply)?);
+        Ok(())
+    }
+
+    fn sense(key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<Sense> {
+        let key = SenseKey::from_code(key).ok_or_else(|| PyValueError::new_err(format!("no sense key {key:#x}")))?;
+        let sense = Sense::new(key, asc, ascq);
+        Ok(information.map_or(sense, |information| sense.with_information(information)))
+    }
+}
+
+#[pymethods]
+impl Command {
+    /// Its id on the ring: unique among those that are not answered.
+    #[getter]
+    fn id(&self) -> u16 {
+        self.claim.id().0
+    }
+
+    /// The command descriptor block.
+    #[getter]
+    fn cdb<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.claim.cdb())
+    }
+
+    /// What the handler is asked for: the number of a verb, or None.
+    #[getter]
+    fn verb(&self) -> Option<u8> {
+        lock(&self.step).as_ref().map(|step| step.verb as u8)
+    }
+
+    /// Where, in bytes.
+    #[getter]
+    fn offset(&self) -> u64 {
+        lock(&self.step).as_ref().map_or(0, |step| step.offset.0)
+    }
+
+    /// How much, in bytes.
+    #[getter]
+    fn length(&self) -> u64 {
+        lock(&self.step).as_ref().map_or(0, |step| step.length)
+    }
+
+    /// Whether the write has to be durable when it returns.
+    #[getter]
+    fn fua(&self) -> bool {
+        lock(&self.step).as_ref().is_some_and(|step| step.fua)
+    }
+
+    /// The step's memory.
+    #[getter]
+    fn iov(&self, py: Python<'_>) -> PyResult<IoVec> {
+        let (verb, length, buffer) = match &*lock(&self.step) {
+            Some(step) => (step.verb, step.length, step.buffer.clone()),
+            None => return Err(PyRuntimeError::new_err("the command has no step")),
+        };
+        let length = usize::try_from(length)?;
+        match buffer {
+            StepBuffer::Command(start) => {
+                let data_in = verb == Verb::Read;
+                if data_in && self.fills_reads {
+                    self.claim.set_filled();
+                }
+                Ok(IoVec::of_command(self.claim.clone(), data_in, start, length))
+            }
+            StepBuffer::Owned(bytes) => IoVec::of_object(PyBytes::new(py, &bytes).as_any()),
+            StepBuffer::Scratch => {
+                let scratch = PyByteArray::new_with(py, length, |bytes| {
+                    bytes.fill(0);
+                    Ok(())
+                })?;
+                *lock(&self.scratch) = Some(scratch.clone().unbind());
+                IoVec::of_object(scratch.as_any())
+            }
+            StepBuffer::None => IoVec::of_object(PyBytes::new(py, b"").as_any()),
+        }
+    }
+
+    /// All of the main buffer, as data that the initiator sent.
+    #[getter]
+    fn data_out(&self) -> IoVec {
+        IoVec::of_command(self.claim.clone(), false, 0, self.claim.data().len())
+    }
+
+    /// All of the buffer for data that the initiator wants.
+    #[getter]
+    fn data_in(&self) -> IoVec {
+        IoVec::of_command(self.claim.clone(), true, 0, self.claim.data_in().len())
+    }
+
+    /// Lets the emulation look at an intercepted command. True: there is a step.
+    fn emulate(&self) -> PyResult<bool> {
+        Ok(self.set(self.claim.start()?))
+    }
+
+    /// The step succeeded. True: there is another one; False: the command is answered.
+    ///
+    /// Raises RuntimeError, and answers nothing, if a read left Data-In unwritten.
+    fn advance(&self, py: Python<'_>) -> PyResult<bool> {
+        let unwritten = match &*lock(&self.step) {
+            Some(Step { verb: Verb::Read, buffer: StepBuffer::Command(_), length: 1.., .. }) => !self.claim.is_filled(),
+            _ => false,
+        };
+        if unwritten {
+            return Err(PyRuntimeError::new_err("read() returned without filling its IoVec"));
+        }
+        let scratch = lock(&self.scratch).take().map(|scratch| scratch.bind(py).to_vec());
+        Ok(self.set(self.claim.advance(scratch)?))
+    }
+
+    /// Answers with a status and, for CHECK CONDITION, sense data. Harmless if there was an answer.
+    #[pyo3(signature = (status, key = 0, asc = 0, ascq = 0, information = None))]
+    fn fail(&self, status: u8, key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<()> {
+        let status = Status::from_code(status).ok_or_else(|| PyValueError::new_err(format!("no status {status:#x}")))?;
+        self.answer(match status {
+            Status::CheckCondition => Reply::check(Self::sense(key, asc, ascq, information)?),
+            status => Reply::status(status),
+        })
+    }
+
+    /// Answers GOOD with `data_in` valid bytes of Data-In (by default all, if any of them was written).
+    #[pyo3(signature = (data_in = None))]
+    fn succeed(&self, data_in: Option<usize>) -> PyResult<()> {
+        let whole = if self.claim.is_filled() { self.claim.data_in().len() } else { 0 };
+        self.answer(Reply::good(data_in.unwrap_or(whole)))
+    }
+
+    /// Whether there is an answer.
+    #[getter]
+    fn answered(&self) -> bool {
+        self.claim.is_answered()
+    }
+
+    /// Views that were left when the command was answered: memory that cannot be used again yet.
+    #[getter]
+    fn lent(&self) -> usize {
+        match *lock(&self.lent) {
+            Some(Answered::Kept { views } | Answered::Held { views }) => views,
+            _ => 0,
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! What the emulation has to know of a disk.
+
+use std::sync::Arc;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::scsi::{Capabilities, Geometry, Identity, LogicalUnit as Unit, LunError};
+
+impl From<LunError> for PyErr {
+    fn from(error: LunError) -> Self {
+        PyValueError::new_err(error.to_string())
+    }
+}
+
+/// A disk as its initiators see it; made by `tcmu_rs._runtime` from a block handler's attributes.
+#[pyclass(frozen, module = "tcmu_rs._native")]
+pub struct LogicalUnit {
+    pub(super) unit: Arc<Unit>,
+}
+
+#[pymethods]
+impl LogicalUnit {
+    #[new]
+    #[pyo3(signature = (
+        *, size, block_size, vendor, product, revision, serial, naa, physical_block_size = None, rotational = false,
+        discard_granularity = 0, writable = false, flush = false, native_fua = false, discard = false,
+        discard_zeroes = false, write_zeroes = false,
+    ))]
+    #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)]
+    fn new(
+        size: u64,
+        block_size: u32,
+        vendor: &str,
+        product: &str,
+        revision: &str,
+        serial: &str,
+        naa: [u8; 16],
+        physical_block_size: Option<u32>,
+        rotational: bool,
+        discard_granularity: u64,
+        writable: bool,
+        flush: bool,
+        native_fua: bool,
+        discard: bool,
+        discard_zeroes: bool,
+        write_zeroes: bool,
+    ) -> PyResult<Self> {
+        let mut geometry = Geometry::new(block_size, size);
+        geometry.rotational = rotational;
+        geometry.physical_block_size = physical_block_size.unwrap_or(block_size);
+        geometry.discard_granularity = discard_granularity.max(block_size.into());
+        let capabilities =
+            Capabilities { write: writable, flush, native_fua, discard, discard_zeroes, write_zeroes };
+        let identity = Identity::new(vendor, product, revision, serial, naa)?;
+        Ok(Self { unit: Arc::new(Unit::new(identity, geometry, capabilities)?) })
+    }
+
+    /// Bytes that initiators see.
+    #[getter]
+    fn size(&self) -> u64 {
+        self.unit.size()
+    }
+}

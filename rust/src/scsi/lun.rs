@@ -1,0 +1,219 @@
+//! The logical unit: what it is, its state, and the way of a command through it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::cdb::Cdb;
+use super::sense::{SENSE_BYTES, SenseFormat};
+use super::{Capabilities, DataBuffer, Geometry, Identity, Next, Reply, Sense, opcodes};
+
+/// A logical unit cannot be made like this.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LunError {
+    /// An identification has a character outside 20h to 7Eh.
+    #[error("the {field} must be printable ASCII")]
+    NotPrintable {
+        /// Which one.
+        field: &'static str,
+    },
+    /// An identification has more characters than its field.
+    #[error("the {field} has {length} characters; {limit} fit")]
+    TooLong {
+        /// Which one.
+        field: &'static str,
+        /// Its characters.
+        length: usize,
+        /// The characters of the field.
+        limit: usize,
+    },
+    /// There is no unit serial number.
+    #[error("the serial number is empty")]
+    EmptySerial,
+    /// The designator is not NAA 6.
+    #[error("the designator must be of NAA type 6, but starts with {first:#04x}")]
+    Designator {
+        /// Its first byte.
+        first: u8,
+    },
+    /// Not a size of logical blocks that initiators take.
+    #[error("a block has 512, 1024, 2048 or 4096 bytes, not {0}")]
+    BlockSize(u32),
+    /// The medium is empty, not a whole number of blocks, or above 2⁶³ − 1 bytes.
+    #[error("a medium has a multiple of {block_size} bytes, above 0 and below 2^63, not {size}")]
+    Size {
+        /// Its bytes.
+        size: u64,
+        /// Bytes of a block.
+        block_size: u32,
+    },
+    /// The physical block is not the logical block times a power of two up to 2¹⁵.
+    #[error("physical blocks of {physical} bytes do not go with logical blocks of {block_size}")]
+    PhysicalBlockSize {
+        /// Bytes of the physical block.
+        physical: u32,
+        /// Bytes of the logical block.
+        block_size: u32,
+    },
+    /// A limit of 0 would refuse every command.
+    #[error("the longest transfer, discard and WRITE SAME must be at least one block, in one descriptor")]
+    ZeroLimit,
+    /// The optimal transfer would be refused.
+    #[error("an optimal transfer of {optimal} blocks is above the longest of {max}")]
+    OptimalTransfer {
+        /// The optimal transfer.
+        optimal: u32,
+        /// The longest one.
+        max: u32,
+    },
+    /// The discard granularity is 0, not of whole blocks or above what one UNMAP may ask for; or the alignment is not
+    /// of whole blocks or not below the granularity.
+    #[error("discard granularity {granularity} and alignment {alignment} do not go with blocks and limits")]
+    Discard {
+        /// The granularity.
+        granularity: u64,
+        /// The alignment.
+        alignment: u64,
+    },
+}
+
+/// A disk as its initiators see it. Shared by all commands in flight: its state is atomic, and each command reads what
+/// it needs once.
+#[derive(Debug)]
+pub struct LogicalUnit {
+    identity: Identity,
+    geometry: Geometry,
+    capabilities: Capabilities,
+    blocks: AtomicU64,
+    write_cache: AtomicBool,
+    descriptor_sense: AtomicBool,
+    stopped: AtomicBool,
+}
+
+impl LogicalUnit {
+    /// A started unit, with its write cache on if there is one to flush, and fixed format sense.
+    ///
+    /// # Errors
+    /// [`LunError`] says what in the geometry does not fit together.
+    pub fn new(identity: Identity, geometry: Geometry, capabilities: Capabilities) -> Result<Self, LunError> {
+        geometry.check()?;
+        let blocks = geometry.blocks_of(geometry.size)?;
+        Ok(Self {
+            identity,
+            geometry,
+            capabilities: capabilities.normalized(),
+            blocks: AtomicU64::new(blocks),
+            write_cache: AtomicBool::new(true),
+            descriptor_sense: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+        })
+    }
+
+    /// Looks at a command: its CDB (which may be longer than the command needs) and its data buffer. Whatever the
+    /// bytes are, there is an answer, and steps are in range and inside the buffer.
+    ///
+    /// **Lengths.** A buffer longer than the transfer is used as far as the CDB says. A READ or WRITE whose buffer is
+    /// shorter is refused before anything is done (INVALID FIELD IN CDB at the transfer length): TCMU has no way to
+    /// report the overflow, and half a transfer must not look like a whole one. Other Data-In is truncated to the
+    /// allocation length and the buffer; a parameter list that the buffer does not hold is a PARAMETER LIST LENGTH
+    /// ERROR.
+    pub fn start(&self, cdb: &[u8], buffer: &dyn DataBuffer) -> Next {
+        self.admit(cdb)
+            .and_then(|command| (command.run)(self, Cdb::new(cdb), buffer))
+            .unwrap_or_else(|sense| Next::Done(Reply::check(sense)))
+    }
+
+    /// The checks that every command has: it exists, may write, is well-formed, finds the unit ready.
+    fn admit(&self, cdb: &[u8]) -> Result<&'static opcodes::Command, Sense> {
+        let command = opcodes::find(cdb, &self.capabilities)?;
+        if command.writes() && !self.capabilities.write {
+            return Err(Sense::WRITE_PROTECTED);
+        }
+        command.validate(cdb, &self.capabilities)?;
+        if command.needs_medium() && self.is_stopped() {
+            return Err(Sense::LOGICAL_UNIT_NOT_READY_INITIALIZING_COMMAND_REQUIRED);
+        }
+        Ok(command)
+    }
+
+    /// Sense data on the wire, in the format that D_SENSE chooses, and its length.
+    #[must_use]
+    pub fn encode_sense(&self, sense: &Sense) -> ([u8; SENSE_BYTES], usize) {
+        sense.encode(if self.has_descriptor_sense() { SenseFormat::Descriptor } else { SenseFormat::Fixed })
+    }
+
+    /// Who the unit is.
+    #[must_use]
+    pub const fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Sizes and limits; for the present size see [`LogicalUnit::size`].
+    #[must_use]
+    pub const fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// What the handler can do.
+    #[must_use]
+    pub const fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    /// Bytes of the medium.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.blocks() * u64::from(self.geometry.block_size)
+    }
+
+    /// Changes the size of the medium. Commands that have begun keep the range they were checked for, except that
+    /// later steps of WRITE SAME and UNMAP stop at a new end.
+    ///
+    /// # Errors
+    /// [`LunError::Size`] if it is not a size of a medium.
+    pub fn set_size(&self, bytes: u64) -> Result<(), LunError> {
+        self.blocks.store(self.geometry.blocks_of(bytes)?, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether writes may stay in a volatile cache (WCE).
+    #[must_use]
+    pub fn has_write_cache(&self) -> bool {
+        self.capabilities.flush && self.write_cache.load(Ordering::Relaxed)
+    }
+
+    /// Turns the write cache on or off; without [`Capabilities::flush`] there is none. What it holds when it is
+    /// turned off has still to be flushed.
+    pub fn set_write_cache(&self, on: bool) {
+        self.write_cache.store(on, Ordering::Relaxed);
+    }
+
+    /// Whether sense data is in descriptor format (D_SENSE).
+    #[must_use]
+    pub fn has_descriptor_sense(&self) -> bool {
+        self.descriptor_sense.load(Ordering::Relaxed)
+    }
+
+    /// Chooses the sense format.
+    pub fn set_descriptor_sense(&self, on: bool) {
+        self.descriptor_sense.store(on, Ordering::Relaxed);
+    }
+
+    /// Whether START STOP UNIT has stopped the unit.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_stopped(&self, stopped: bool) {
+        self.stopped.store(stopped, Ordering::Release);
+    }
+
+    pub(super) fn blocks(&self) -> u64 {
+        self.blocks.load(Ordering::Acquire)
+    }
+
+    /// Whether every write has to be made durable before its GOOD, because the cache below is turned off.
+    pub(super) fn is_write_through(&self) -> bool {
+        self.capabilities.flush && !self.write_cache.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,326 @@
+//! The table of commands: what exists, how its CDB looks, who answers. Dispatch, the check of reserved bits and REPORT
+//! SUPPORTED OPERATION CODES come from it, so that they cannot disagree.
+//!
+//! A new command is a new row. Rows are ordered by operation code and service action.
+
+use super::cdb::{Cdb, invalid_field};
+use super::{
+    Capabilities, DataBuffer, LogicalUnit, Next, Sense, capacity, inquiry, luns, mode, power, ready,
+    supported, transfer, unmap, write_same,
+};
+
+/// Which way a command's data goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// No data.
+    None,
+    /// To the initiator.
+    In,
+    /// From the initiator.
+    Out,
+}
+
+/// What a command (or a bit of its CDB) needs from the handler; where it is missing, the command does not exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Feature {
+    /// Discarding.
+    Discard,
+    /// Discarding as a way to write zeroes.
+    DiscardZeroes,
+}
+
+impl Feature {
+    const fn is_in(self, capabilities: &Capabilities) -> bool {
+        match self {
+            Self::Discard => capabilities.discard,
+            Self::DiscardZeroes => capabilities.discard_zeroes,
+        }
+    }
+}
+
+/// How a command ends or goes on, or why it cannot begin.
+pub(super) type Outcome = Result<Next, Sense>;
+type Run = fn(&LogicalUnit, Cdb<'_>, &dyn DataBuffer) -> Outcome;
+
+/// A row of the table.
+#[derive(Debug)]
+pub struct Command {
+    name: &'static str,
+    /// The CDB usage data of REPORT SUPPORTED OPERATION CODES: operation code, service action, and a one for each bit
+    /// that is looked at. As long as the CDB.
+    usage: &'static [u8],
+    service_action: Option<u16>,
+    direction: Direction,
+    medium: bool,
+    writes: bool,
+    needs: Option<Feature>,
+    /// Bits of a byte of `usage` that are reserved without this feature.
+    optional: Option<(usize, u8, Feature)>,
+    pub(super) run: Run,
+}
+
+impl Command {
+    const fn new(name: &'static str, direction: Direction, usage: &'static [u8], run: Run) -> Self {
+        Self {
+            name,
+            usage,
+            service_action: None,
+            direction,
+            medium: false,
+            writes: false,
+            needs: None,
+            optional: None,
+            run,
+        }
+    }
+
+    /// One of several commands with the same operation code.
+    const fn action(mut self, service_action: u16) -> Self {
+        self.service_action = Some(service_action);
+        self
+    }
+
+    /// Refused while the unit is stopped.
+    const fn on_medium(mut self) -> Self {
+        self.medium = true;
+        self
+    }
+
+    /// Changes the medium: refused if the unit is write protected.
+    const fn writing(mut self) -> Self {
+        self.writes = true;
+        self.on_medium()
+    }
+
+    const fn needing(mut self, feature: Feature) -> Self {
+        self.needs = Some(feature);
+        self
+    }
+
+    const fn with_optional(mut self, byte: usize, bits: u8, feature: Feature) -> Self {
+        self.optional = Some((byte, bits, feature));
+        self
+    }
+
+    /// Its name in the standard.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Which way its data goes.
+    #[must_use]
+    pub const fn direction(&self) -> Direction {
+        self.direction
+    }
+
+    /// Bytes of its CDB.
+    #[must_use]
+    pub const fn cdb_length(&self) -> usize {
+        self.usage.len()
+    }
+
+    pub(super) const fn opcode(&self) -> u8 {
+        self.usage[0]
+    }
+
+    pub(super) const fn service_action(&self) -> Option<u16> {
+        self.service_action
+    }
+
+    pub(super) const fn needs_medium(&self) -> bool {
+        self.medium
+    }
+
+    pub(super) const fn writes(&self) -> bool {
+        self.writes
+    }
+
+    pub(super) fn exists(&self, capabilities: &Capabilities) -> bool {
+        self.needs.is_none_or(|feature| feature.is_in(capabilities))
+    }
+
+    /// A byte of the usage data of a unit with these capabilities.
+    pub(super) fn usage(&self, byte: usize, capabilities: &Capabilities) -> u8 {
+        match self.optional {
+            Some((at, bits, feature)) if at == byte && !feature.is_in(capabilities) => {
+                self.usage[byte] & !bits
+            }
+            _ => self.usage[byte],
+        }
+    }
+
+    /// Refuses a CDB that is too short, or has a bit set that means nothing here: an initiator that asks for
+    /// something and is not understood must not hear GOOD. This covers CONTROL (NACA is not supported, LINK is
+    /// obsolete) and the group number.
+    ///
+    /// One exception: bits 7 to 5 of byte 1 of a 6-byte CDB, where they are not used, had the LUN in SCSI-2. An old
+    /// initiator sets them before it knows the version of the unit, and they ask for nothing.
+    pub(super) fn validate(&self, cdb: &[u8], capabilities: &Capabilities) -> Result<(), Sense> {
+        let length = self.usage.len();
+        let cdb = cdb.get(..length).ok_or_else(|| invalid_field(cdb.len(), 7))?;
+        let stray =
+            cdb.iter().zip(self.usage).skip(1).fold(0, |stray, (byte, usage)| stray | (byte & !usage));
+        if stray == 0 && self.optional.is_none() {
+            return Ok(());
+        }
+        for (at, byte) in cdb.iter().enumerate().skip(1) {
+            let mut usage = self.usage(at, capabilities);
+            if length == 6 && at == 1 && usage & OBSOLETE_LUN == 0 {
+                usage |= OBSOLETE_LUN;
+            }
+            let stray = byte & !usage;
+            if stray != 0 {
+                return Err(invalid_field(at, 7 - stray.leading_zeros() as u8));
+            }
+        }
+        Ok(())
+    }
+}
+
+const OBSOLETE_LUN: u8 = 0xe0;
+const VARIABLE_LENGTH: u8 = 0x7f;
+
+/// Byte and most significant bit of the SERVICE ACTION field.
+const fn service_action_field(opcode: u8) -> (usize, u8) {
+    if opcode == VARIABLE_LENGTH { (8, 7) } else { (1, 4) }
+}
+
+/// Every command of the unit, in order.
+pub(super) fn all(capabilities: &Capabilities) -> impl Iterator<Item = &'static Command> {
+    TABLE.iter().filter(|row| row.exists(capabilities))
+}
+
+/// The commands of the unit with this operation code.
+pub(super) fn with_opcode(
+    opcode: u8,
+    capabilities: &Capabilities,
+) -> impl Iterator<Item = &'static Command> + Clone {
+    let (first, end) = INDEX[usize::from(opcode)];
+    TABLE[usize::from(first)..usize::from(end)].iter().filter(|row| row.exists(capabilities))
+}
+
+/// The row of a CDB. An unknown operation code is an invalid command, an unknown service action of a known one is an
+/// invalid field (SPC-5, sense data of unsupported commands).
+///
+/// # Errors
+/// INVALID COMMAND OPERATION CODE or INVALID FIELD IN CDB.
+pub fn find(cdb: &[u8], capabilities: &Capabilities) -> Result<&'static Command, Sense> {
+    let &opcode = cdb.first().ok_or(Sense::INVALID_OPCODE)?;
+    let mut rows = with_opcode(opcode, capabilities);
+    let row = rows.next().ok_or(Sense::INVALID_OPCODE.at_cdb(0, 7))?;
+    if row.service_action.is_none() {
+        return Ok(row);
+    }
+    let (byte, bit) = service_action_field(opcode);
+    let wanted = match opcode {
+        VARIABLE_LENGTH => cdb.get(8..10).map(|bytes| u16::from_be_bytes([bytes[0], bytes[1]])),
+        _ => cdb.get(1).map(|byte| u16::from(byte & 0x1f)),
+    };
+    std::iter::once(row)
+        .chain(rows)
+        .find(|row| row.service_action == wanted)
+        .ok_or_else(|| invalid_field(byte, bit))
+}
+
+use Direction::{In, None as NoData, Out};
+
+#[rustfmt::skip]
+static TABLE: &[Command] = &[
+    Command::new("TEST UNIT READY", NoData, &[0x00, 0, 0, 0, 0, 0], ready::test_unit_ready)
+        .on_medium(),
+    Command::new("REQUEST SENSE", In, &[0x03, 0x01, 0, 0, 0xff, 0], ready::request_sense),
+    Command::new("READ(6)", In, &[0x08, 0x1f, 0xff, 0xff, 0xff, 0], transfer::read::<6>)
+        .on_medium(),
+    Command::new("WRITE(6)", Out, &[0x0a, 0x1f, 0xff, 0xff, 0xff, 0], transfer::write::<6>)
+        .writing(),
+    Command::new("INQUIRY", In, &[0x12, 0x01, 0xff, 0xff, 0xff, 0], inquiry::inquiry),
+    Command::new("MODE SENSE(6)", In, &[0x1a, 0x08, 0xff, 0xff, 0xff, 0], mode::mode_sense_6),
+    Command::new("START STOP UNIT", NoData, &[0x1b, 0x01, 0, 0, 0xf5, 0], power::start_stop_unit),
+    Command::new("READ CAPACITY(10)", In, &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], capacity::read_capacity_10),
+    Command::new("READ(10)", In,
+        &[0x28, 0xfa, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], transfer::read::<10>)
+        .on_medium(),
+    Command::new("WRITE(10)", Out,
+        &[0x2a, 0xfa, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], transfer::write::<10>)
+        .writing(),
+    Command::new("SYNCHRONIZE CACHE(10)", NoData,
+        &[0x35, 0x06, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], transfer::synchronize_cache::<10>)
+        .on_medium(),
+    Command::new("WRITE SAME(10)", Out,
+        &[0x41, 0xe8, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], write_same::write_same::<10>)
+        .writing().with_optional(1, 0x08, Feature::DiscardZeroes),
+    Command::new("UNMAP", Out, &[0x42, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0], unmap::unmap)
+        .writing().needing(Feature::Discard),
+    Command::new("MODE SENSE(10)", In,
+        &[0x5a, 0x18, 0xff, 0xff, 0, 0, 0, 0xff, 0xff, 0], mode::mode_sense_10),
+    Command::new("READ(16)", In,
+        &[0x88, 0xfa, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
+        transfer::read::<16>)
+        .on_medium(),
+    Command::new("WRITE(16)", Out,
+        &[0x8a, 0xfa, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
+        transfer::write::<16>)
+        .writing(),
+    Command::new("SYNCHRONIZE CACHE(16)", NoData,
+        &[0x91, 0x06, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
+        transfer::synchronize_cache::<16>)
+        .on_medium(),
+    Command::new("WRITE SAME(16)", Out,
+        &[0x93, 0xe9, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
+        write_same::write_same::<16>)
+        .writing().with_optional(1, 0x08, Feature::DiscardZeroes),
+    Command::new("READ CAPACITY(16)", In,
+        &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], capacity::read_capacity_16)
+        .action(0x10),
+    Command::new("REPORT LUNS", In,
+        &[0xa0, 0, 0xff, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], luns::report_luns),
+    Command::new("REPORT SUPPORTED OPERATION CODES", In,
+        &[0xa3, 0x0c, 0x87, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0], supported::operation_codes)
+        .action(0x0c),
+    Command::new("REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS", In,
+        &[0xa3, 0x0d, 0x80, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], supported::task_management_functions)
+        .action(0x0d),
+    Command::new("READ(12)", In,
+        &[0xa8, 0xfa, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0], transfer::read::<12>)
+        .on_medium(),
+    Command::new("WRITE(12)", Out,
+        &[0xaa, 0xfa, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0], transfer::write::<12>)
+        .writing(),
+];
+
+/// First and end of the rows of each operation code. Building it proves the table: rows in order, service actions in
+/// their place in the usage data, CDB lengths that the operation code's group has.
+static INDEX: [(u8, u8); 256] = {
+    let mut index = [(0, 0); 256];
+    let mut at = 0;
+    while at < TABLE.len() {
+        let row = &TABLE[at];
+        let opcode = row.opcode() as usize;
+        let (first, end) = index[opcode];
+        if end == 0 {
+            assert!(at == 0 || TABLE[at - 1].opcode() < row.opcode(), "rows are ordered by operation code");
+            index[opcode] = (at as u8, at as u8 + 1);
+        } else {
+            assert!(end as usize == at, "rows of one operation code are together");
+            index[opcode] = (first, end + 1);
+        }
+        let length = match row.opcode() >> 5 {
+            0 => 6,
+            1 | 2 => 10,
+            4 => 16,
+            5 => 12,
+            _ => row.usage.len(),
+        };
+        assert!(row.usage.len() == length, "the CDB is as long as its group says");
+        if let Some(action) = row.service_action {
+            let stated = match service_action_field(row.opcode()) {
+                (8, _) => (row.usage[8] as u16) << 8 | row.usage[9] as u16,
+                (byte, _) => (row.usage[byte] & 0x1f) as u16,
+            };
+            assert!(stated == action, "the usage data has the service action");
+        }
+        at += 1;
+    }
+    index
+};

@@ -1,0 +1,61 @@
+//! The place of a command that waits for the handler.
+
+use super::batch::Batch;
+use super::{ByteOffset, LogicalUnit, Next, Reply, Step, StepBuffer, Verb};
+
+/// Where a command is between two steps. Made by [`LogicalUnit::start`], given back to [`LogicalUnit::resume`] when
+/// the step has succeeded; after a failed step it is dropped, and the command ends with the handler's error.
+#[derive(Debug)]
+#[must_use]
+pub struct Task(pub(super) Stage);
+
+/// What is left to do. Plain reads and writes need no allocation.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// Nothing: GOOD, with so many bytes of Data-In.
+    Finish { data_in: usize },
+    /// The data is written and must become durable.
+    Flush,
+    /// The cache is flushed, now the medium is read.
+    Read { offset: ByteOffset, length: usize },
+    /// More of a WRITE SAME or UNMAP.
+    Batch(Box<Batch>),
+    /// The cache is flushed, now the unit stops.
+    Stop,
+}
+
+impl Step {
+    /// Makes everything durable.
+    pub(super) const FLUSH: Self =
+        Self { verb: Verb::Flush, offset: ByteOffset(0), length: 0, buffer: StepBuffer::None, fua: false };
+}
+
+impl Next {
+    /// A flush, then GOOD.
+    pub(super) const fn flush() -> Self {
+        Self::Call(Step::FLUSH, Task(Stage::Finish { data_in: 0 }))
+    }
+
+    /// A read into the command's buffer, then GOOD.
+    pub(super) fn read(offset: ByteOffset, length: usize) -> Self {
+        let buffer = StepBuffer::Command(0);
+        let step = Step { verb: Verb::Read, offset, length: length as u64, buffer, fua: false };
+        Self::Call(step, Task(Stage::Finish { data_in: length }))
+    }
+}
+
+impl LogicalUnit {
+    /// Goes on with a command whose step succeeded. `scratch` is what a step with [`StepBuffer::Scratch`] read.
+    pub fn resume(&self, task: Task, _buffer: &dyn super::DataBuffer, _scratch: Option<Vec<u8>>) -> Next {
+        match task.0 {
+            Stage::Finish { data_in } => Next::Done(Reply::good(data_in)),
+            Stage::Flush => Next::flush(),
+            Stage::Read { offset, length } => Next::read(offset, length),
+            Stage::Batch(batch) => batch.advance(self),
+            Stage::Stop => {
+                self.set_stopped(true);
+                Next::Done(Reply::good(0))
+            }
+        }
+    }
+}
