@@ -1,0 +1,375 @@
+"""Devices that exist as long as a block of a trio program: `attach` and `serve`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import trio
+
+from . import _lio, _sysfs
+from ._handler import Handler, check
+from ._registry import parse_spec
+from ._runtime import serve_uio
+
+if TYPE_CHECKING:
+    from ._runtime import Device
+
+_log = logging.getLogger("tcmu_rs")
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class AttachedDevice:
+    """A device in service, as `attach` and `serve` hand it out.
+
+    Attributes:
+        name: Name of the backstore.
+        handler: What serves it.
+        size: Bytes.
+        block_size: Bytes of a logical block.
+        fabric: `loopback`, `iscsi` or `none`.
+        path: `/dev/sdX`; None unless the fabric is loopback.
+        target: Name of the target that offers it, `naa.…` or `iqn.…`; None without a fabric.
+        configfs: The backstore's directory.
+        hba: N of the directory `user_N` that holds it.
+        wwn: Unit serial number.
+        uio: The device's node and mapping.
+    """
+
+    def __init__(
+        self, handler: Handler, backstore: _lio.Backstore, uio: _sysfs.UioDevice, fabric: _lio.Fabric
+    ) -> None:
+        self.name = backstore.name
+        self.handler = handler
+        self.size: int = handler.size
+        self.block_size: int = handler.block_size
+        self.fabric = fabric
+        self.path: str | None = None
+        self.target: str | None = None
+        self.configfs: Path = backstore.path
+        self.hba = backstore.hba
+        self.wwn = backstore.wwn
+        self.uio = uio
+        self._hurry = trio.Event()
+        self._server: Device | None = None
+
+    def __repr__(self) -> str:
+        return f"<AttachedDevice {self.name} {self.path or self.target or self.configfs}>"
+
+    def hurry(self) -> None:
+        """Ends the grace period of the detaching, that in progress or the coming one."""
+        self._hurry.set()
+        if self._server is not None:
+            self._server.shorten_grace()
+
+
+@asynccontextmanager
+async def attach(
+    handler: Handler,
+    name: str | None = None,
+    *,
+    spec: str | None = None,
+    fabric: _lio.Fabric = "loopback",
+    wwn: str | None = None,
+    iqn: str | None = None,
+    portal: str = "127.0.0.1:3260",
+    allow_network: bool = False,
+    max_sectors: int | None = None,
+    data_area_mb: int | None = None,
+    cmd_time_out: int | None = None,
+    strict: bool = False,
+    ready_within: float = 30.0,
+    grace: float = 10.0,
+) -> AsyncIterator[AttachedDevice]:
+    """Makes a disk from a handler, for the length of an `async with` block.
+
+    The block begins when the disk is usable: its node exists, opens and has its size. When the block ends,
+    however it ends, the disk is written back and taken away while it is still served, then the server stops,
+    then the rest is removed.
+
+    Args:
+        handler: What serves the disk. It is opened and closed here.
+        name: Name of the device; derived from `spec` or the handler's class if None. spec: `HANDLER:CONFIG`,
+            which the kernel keeps and `tcmu-rs list` shows. It is a label here, nothing is opened by it.
+            Never put a secret into it.
+        fabric: `loopback` for a disk of this machine, `iscsi` for a target of its own, `none` for a backstore
+            only.
+        wwn: Unit serial number, a UUID; computed from name and spec if None, and so the same each time.
+        iqn: Name of the iSCSI target; computed from the serial number if None.
+        portal: `ADDRESS:PORT` of the iSCSI target.
+        allow_network: Permit a portal that other machines reach; there is no authentication.
+        max_sectors: Largest transfer that initiators are told, in blocks.
+        data_area_mb: Memory that commands in flight may fill, MiB.
+        cmd_time_out: Seconds after which the kernel fails a command that was not answered; 0 means never.
+        strict: Let a bug in the handler end the device instead of one command. ready_within: Seconds that the
+            disk may take to become usable. grace: Seconds that writing back and taking away may take with the
+            handler's help. Afterwards, commands in flight are cancelled and what the kernel still held in
+            memory is lost.
+
+    Yields:
+        The device.
+
+    Resource handling: All that was made in the kernel is removed, also on errors and on cancellation, which
+    is held off until then. Only SIGKILL leaves something behind, for `tcmu-rs detach` to remove.
+
+    Error handling: If the ring breaks, the handler fails as a whole or another program removes the device,
+    the block is cancelled and the error raised. From the moment the device is served there is a nursery
+    around the block, so errors of block and server arrive in an exception group.
+
+    Raises:
+        LioError: The kernel could not be set up; the text says what to do.
+    """
+    handler_name, config = parse_spec(spec) if spec else ("python", _class_name(handler))
+    async with _opened(handler, grace):
+        check(handler)
+        backstore = await _blocking(
+            _lio.create_backstore,
+            name or _names(_stem(handler_name, config)),
+            handler_name,
+            config,
+            handler.size,
+            block_size=handler.block_size,
+            wwn=wwn,
+            max_sectors=max_sectors,
+            data_area_mb=data_area_mb,
+            cmd_time_out=cmd_time_out,
+        )
+        try:
+            uio = await _blocking(_sysfs.find, backstore.hba, backstore.name)
+            if uio is None or not await trio.Path(uio.path).exists():
+                raise _lio.LioError(
+                    f"device {backstore.name} has no node in /dev",
+                    "mount -t devtmpfs none /dev, or run outside the container",
+                )
+            device = AttachedDevice(handler, backstore, uio, fabric)
+            service = _Service(device, backstore, strict=strict, grace=grace)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(service.run_server, nursery)
+                try:
+                    await service.wait_started()
+                    if fabric == "iscsi":
+                        await service.expose(
+                            partial(_lio.expose_iscsi, backstore, iqn, portal, allow_network=allow_network)
+                        )
+                    elif fabric == "loopback":
+                        await service.expose(partial(_lio.expose_loopback, backstore))
+                        device.path = await _wait_usable(device, ready_within)
+                    yield device
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await service.take_down()
+        finally:
+            with trio.CancelScope(shield=True):
+                await _blocking(_lio.remove_backstore, backstore)
+
+
+async def serve(
+    handler: Handler,
+    name: str,
+    *,
+    spec: str | None = None,
+    wwn: str | None = None,
+    strict: bool = False,
+    task_status: trio.TaskStatus[AttachedDevice] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Creates backstore `name` and serves it until cancelled. LUNs are made by others, with targetcli for
+    instance.
+
+    Args:
+        handler: What serves the device. It is opened and closed here.
+        name: Name of the backstore.
+        spec: As for `attach`.
+        wwn: As for `attach`.
+        strict: Let a bug in the handler end the device instead of one command.
+        task_status: Gets the device when commands flow.
+
+    Resource handling and error handling: as for `attach`. LUNs of others must be gone before: while one is
+    there, the backstore cannot be removed.
+
+    Raises:
+        LioError: The kernel could not be set up; the text says what to do.
+    """
+    async with attach(handler, name, spec=spec, fabric="none", wwn=wwn, strict=strict) as device:
+        task_status.started(device)
+        await trio.sleep_forever()
+
+
+class _Service:
+    """The server of one device beside the LUN that depends on it.
+
+    **Liveness.** Making and removing a LUN wait for the device, in the kernel, where nobody can interrupt
+    them. So the server is shielded from the cancellation that strikes the rest, and stops only when the LUN
+    is gone or the grace period over; and if it ends while there may be a LUN, for whatever reason, the kernel
+    is made to fail the commands that nobody will answer, until there is none.
+    """
+
+    def __init__(
+        self, device: AttachedDevice, backstore: _lio.Backstore, *, strict: bool, grace: float
+    ) -> None:
+        self._device = device
+        self._backstore = backstore
+        self._strict = strict
+        self._grace = grace
+        self._server_scope = trio.CancelScope(shield=True)
+        self._started = trio.Event()
+        self._exposure: _lio.Exposure | None = None
+        # Of the threading kind, since `fail_commands` waits for it in a thread.
+        self._no_lun = threading.Event()
+        self._no_lun.set()
+
+    async def run_server(self, nursery: trio.Nursery) -> None:
+        """Serves the device until `take_down`; any other end is an error."""
+        try:
+            with self._server_scope:
+                await serve_uio(
+                    self._device.handler,
+                    self._device.uio,
+                    name=self._device.name,
+                    strict=self._strict,
+                    # Not through `Nursery.start`: cancelled meanwhile, it would wait for this shielded task
+                    # for ever.
+                    task_status=self,
+                )
+        finally:
+            if not self._no_lun.is_set():
+                nursery.start_soon(self._fail_commands)
+        if not self._server_scope.cancel_called:
+            raise _lio.LioError(f"device {self._device.name} was removed by another program")
+
+    def started(self, server: Device) -> None:
+        """Called by the server when commands flow."""
+        self._device._server = server
+        self._started.set()
+
+    async def wait_started(self) -> None:
+        """Waits until commands flow."""
+        await self._started.wait()
+
+    async def _fail_commands(self) -> None:
+        with trio.CancelScope(shield=True):
+            try:
+                await _blocking(_lio.fail_commands, self._backstore, self._no_lun)
+            except _lio.LioError as error:
+                _log.error("%s: commands wait for their time-out: %s", self._device.name, error)
+
+    async def expose(self, how: Callable[[], _lio.Exposure]) -> None:
+        """Makes the LUN. Once begun it is finished, also when cancelled: `take_down` must know what there
+        is."""
+        self._no_lun.clear()
+        try:
+            self._exposure = await _blocking(how)
+        finally:
+            if self._exposure is None:
+                self._no_lun.set()
+        self._device.target = self._exposure.wwn
+
+    async def take_down(self) -> None:
+        """Removes the LUN with the server's help, then ends the server. The caller shields it."""
+        async with trio.open_nursery() as nursery:
+            withdrawn = trio.Event()
+            nursery.start_soon(self._withdraw, withdrawn)
+            with trio.move_on_after(self._grace):
+                await _first(withdrawn, self._device._hurry)
+            if not withdrawn.is_set():
+                _log.warning("%s: not idle in time, its commands are cancelled", self._device.name)
+            self._server_scope.cancel()
+
+    async def _withdraw(self, withdrawn: trio.Event) -> None:
+        try:
+            if self._exposure is None:
+                return
+            with trio.move_on_after(self._grace / 2) as patience:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_cancel_on, self._device._hurry, patience)
+                    if disk := await _blocking(_disk, self._exposure):
+                        # It has nothing to clean up, so it may be left to itself if it hangs.
+                        await trio.to_thread.run_sync(_sysfs.write_back, disk, abandon_on_cancel=True)
+                    nursery.cancel_scope.cancel()
+            await _blocking(_lio.withdraw, self._exposure)
+        finally:
+            self._no_lun.set()
+            withdrawn.set()
+
+
+@asynccontextmanager
+async def _opened(handler: Handler, grace: float) -> AsyncIterator[None]:
+    """Opens and closes a handler; what it has to store when it closes is not lost to a cancellation."""
+    await handler.__aenter__()
+    try:
+        yield
+    finally:
+        with trio.move_on_after(grace, shield=True):
+            await handler.__aexit__(*sys.exc_info())
+
+
+async def _blocking(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    # Not trio's limiter: these threads wait for devices, whose handlers may need its threads to answer.
+    limiter = trio.CapacityLimiter(1)
+    return await trio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=limiter)
+
+
+async def _first(*events: trio.Event) -> None:
+    async with trio.open_nursery() as nursery:
+        for event in events:
+            nursery.start_soon(_cancel_on, event, nursery.cancel_scope)
+
+
+async def _cancel_on(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+def _class_name(handler: Handler) -> str:
+    return f"{type(handler).__module__}.{type(handler).__qualname__}"
+
+
+def _stem(handler: str, config: str) -> str:
+    """Makes a name from a specification: the file's name without its ending, or the handler's."""
+    last = config.rstrip("/").rpartition("/")[2]
+    stem = last.rpartition(".")[0] or last if handler != "python" else last.rpartition(".")[2].lower()
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:100] or handler
+
+
+def _names(stem: str) -> Iterator[str]:
+    yield stem
+    for number in itertools.count(2):
+        yield f"{stem}-{number}"
+
+
+def _disk(exposure: _lio.Exposure) -> _sysfs.Disk | None:
+    if exposure.fabric == "loopback" and (address := _lio.loopback_address(exposure.lun)):
+        return _sysfs.scsi_disk(address)
+    return None
+
+
+async def _wait_usable(device: AttachedDevice, within: float) -> str:
+    assert device.target is not None
+    exposure = _lio.Exposure("loopback", device.target)
+    why = "the kernel made no disk for it"
+
+    def probe() -> tuple[str, str | None]:
+        if (disk := _disk(exposure)) is None:
+            return "", why
+        return disk.path, _sysfs.why_unusable(disk, device.size)
+
+    with trio.move_on_after(within):
+        for attempt in itertools.count():
+            # Opening a disk may hang with the handler; nothing is lost if the thread is left to itself.
+            path, reason = await trio.to_thread.run_sync(probe, abandon_on_cancel=True)
+            if reason is None:
+                return path
+            why = reason
+            await trio.sleep(min(0.005 * 1.5**attempt, 0.1))
+    raise _lio.LioError(
+        f"device {device.name} is not usable after {within:g} s: {why}", "`dmesg` may say why"
+    )

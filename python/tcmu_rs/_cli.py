@@ -1,0 +1,436 @@
+"""The command `tcmu-rs`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import trio
+
+from . import _devices, _doctor, _lio, _registry
+
+_log = logging.getLogger("tcmu_rs")
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50}
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]+)([KMGTP]?)", text)
+    if not match or not int(match[1]):
+        raise click.BadParameter(
+            f"{text!r} is no size: use a number of bytes, or of K, M, G, T or P (powers of 1024) as in 10G"
+        )
+    return int(match[1]) << _UNITS[match[2]]
+
+
+def _spec(text: str) -> tuple[str, str]:
+    try:
+        return _registry.parse_spec(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _key_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise click.BadParameter(f"{text!r} is not of the form KEY=VALUE")
+    return key, value
+
+
+class _Commands(click.Group):
+    """Says in one line what went wrong: `error: what (remedy)`. Exit code 1, or 2 for a wrong command
+    line."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Runs a command and exits."""
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(2)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "tcmu-rs"
+            _fail(f"{error.format_message().rstrip('.')} (see: {command} --help)", 2)
+        except click.Abort:
+            _fail("interrupted", 130)
+        except Exception as error:
+            if _log.isEnabledFor(logging.DEBUG):
+                traceback.print_exc()
+            _fail("; ".join(dict.fromkeys(_messages(error))), 1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+def _messages(error: BaseException) -> Iterator[str]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _messages(inner)
+    elif isinstance(error, click.ClickException):
+        yield error.format_message()
+    elif isinstance(error, OSError) and error.strerror:
+        yield f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, (_lio.LioError, _registry.RegistryError, ValueError)):
+        yield str(error)
+    else:
+        yield f"{type(error).__name__}: {error} (`tcmu-rs --debug ...` shows where)"
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(package_name="tcmu-rs", prog_name="tcmu-rs")
+@click.option("--debug", is_flag=True, help="Log everything, and show where an error comes from.")
+def main(debug: bool) -> None:
+    """Disks served to the Linux kernel from Python.
+
+    \b
+    Examples:
+      tcmu-rs doctor                                    what this machine lacks
+      tcmu-rs attach file:/var/tmp/disk.img --size 10G --create
+      tcmu-rs list
+      tcmu-rs detach disk
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s: %(name)s: %(message)s"
+    )
+    _log.setLevel(logging.DEBUG if debug else logging.NOTSET)
+
+
+def _handler_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds what every command that makes a handler takes."""
+    for option in (
+        click.option(
+            "--handler",
+            "handler_class",
+            metavar="MODULE:CLASS",
+            help="Use this class; no package announces it.",
+        ),
+        click.option(
+            "-o",
+            "extra",
+            type=_key_value,
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="An option of the handler.",
+        ),
+        click.option(
+            "--block-size",
+            type=click.Choice(["512", "4096"]),
+            help="Bytes of a logical block.  [default: the handler's]",
+        ),
+        click.argument("spec", type=_spec, metavar="SPEC"),
+    ):
+        command = option(command)
+    return command
+
+
+def _find_class(name: str, handler_class: str | None) -> Any:
+    if handler_class is None:
+        return _registry.load(name)
+    # As `python -m` does it: a class that is being tried out lies in the current directory.
+    sys.path.insert(0, str(Path.cwd()))
+    return _registry.load_class(handler_class)
+
+
+def _options(
+    *,
+    size: int | None,
+    create: bool,
+    read_only: bool,
+    block_size: str | None,
+    extra: Sequence[tuple[str, str]],
+) -> Any:
+    # Imported here, as is all that needs the native module: `doctor` must work without it.
+    from ._handler import Options
+
+    keys = [key for key, _ in extra]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise click.UsageError(f"-o {min(twice)} is given twice")
+    return Options(
+        size=size,
+        create=create,
+        read_only=read_only,
+        block_size=int(block_size) if block_size else None,
+        extra=dict(extra),
+    )
+
+
+@main.command()
+@_handler_options
+@click.option("--size", type=_size, metavar="SIZE", help="Size of the disk: bytes, or as in 512M, 10G.")
+@click.option("--create", is_flag=True, help="Create what the disk is stored in, if it is not there yet.")
+@click.option("--read-only", is_flag=True, help="Refuse writes.")
+@click.option("--name", help="Name of the device.  [default: from SPEC]")
+@click.option(
+    "--fabric", type=click.Choice(["loopback", "iscsi", "none"]), default="loopback", show_default=True
+)
+@click.option("--iqn", help="Name of the iSCSI target.  [default: computed]")
+@click.option("--portal", default="127.0.0.1:3260", show_default=True, help="Where the iSCSI target listens.")
+@click.option(
+    "--allow-network", is_flag=True, help="Let other machines reach the portal. There is no password."
+)
+@click.option("--wwn", help="Serial number of the disk, a UUID.  [default: computed from name and SPEC]")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def attach(
+    spec: tuple[str, str],
+    handler_class: str | None,
+    extra: Sequence[tuple[str, str]],
+    size: int | None,
+    create: bool,
+    read_only: bool,
+    block_size: str | None,
+    as_json: bool,
+    **device_options: Any,
+) -> None:
+    """Serve SPEC as a disk until SIGINT or SIGTERM.
+
+    SPEC is HANDLER:CONFIG; `tcmu-rs handlers` lists the handlers. When the disk is usable, its name and its
+    node are printed on one line, separated by a tab (the target's name for iSCSI, the configfs directory
+    without a fabric). A second signal cancels what is still in flight.
+
+    \b
+    Examples:
+      tcmu-rs attach file:/var/tmp/disk.img --size 10G --create
+      tcmu-rs attach ram: --size 512M --name scratch --json
+      tcmu-rs attach file:/dev/vdb --read-only --fabric iscsi
+      tcmu-rs attach my:anything --handler my_module:MyDisk -o key=value
+    """
+    from . import _attach
+
+    handler_name, config = spec
+    options = _options(size=size, create=create, read_only=read_only, block_size=block_size, extra=extra)
+    handler = _find_class(handler_name, handler_class).from_config(config, options)
+
+    def announce(device: _attach.AttachedDevice) -> None:
+        record = {
+            "name": device.name,
+            "device": device.path,
+            "configfs": str(device.configfs),
+            "handler": handler_name,
+            "size": device.size,
+            "pid": os.getpid(),
+            "fabric": device.fabric,
+            "target": device.target,
+        }
+        place = device.path or device.target or device.configfs
+        print(json.dumps(record) if as_json else f"{device.name}\t{place}", flush=True)
+
+    attaching = functools.partial(_attach.attach, handler, spec=f"{handler_name}:{config}", **device_options)
+    trio.run(_serve_until_signal, attaching, announce)
+
+
+async def _serve_until_signal(attaching: Callable[[], Any], announce: Callable[[Any], None]) -> None:
+    device = None
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def stop_on_signal() -> None:
+                async for _ in signals:
+                    serving.cancel()
+                    break
+                async for _ in signals:
+                    if device is not None:
+                        device.hurry()
+
+            nursery.start_soon(stop_on_signal)
+            with trio.CancelScope() as serving:
+                async with attaching() as device:
+                    announce(device)
+                    await trio.sleep_forever()
+            nursery.cancel_scope.cancel()
+
+
+@main.command()
+@click.argument("name")
+@click.option(
+    "--force", is_flag=True, help="Although the disk is in use, or a program of your own serves it."
+)
+@click.option(
+    "--timeout",
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long its process may take to end.",
+)
+def detach(name: str, force: bool, timeout: float) -> None:
+    """Take the device NAME away: end its `tcmu-rs attach`, or remove what a killed one left behind.
+
+    Returns when it is gone.
+
+    \b
+    Examples:
+      tcmu-rs detach disk
+      tcmu-rs detach disk --force          although it is mounted: what is not written yet is lost
+    """
+    _devices.detach(name, force=force, within=timeout)
+
+
+@main.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+def list_(as_json: bool) -> None:
+    """List the TCMU devices of this machine, those of other programs too.
+
+    STATE is serving; unserved: its process is gone, remove it with detach; blocked: initiators are told that
+    it is busy; incomplete: never enabled; unknown: only root can tell.
+
+    \b
+    Examples:
+      tcmu-rs list
+      tcmu-rs list --json
+    """
+    found = _devices.devices()
+    if as_json:
+        print(json.dumps([asdict(device) for device in found], indent=2))
+        return
+    _table(
+        ("NAME", "DEVICE", "HANDLER", "CONFIG", "SIZE", "FABRIC", "PID", "STATE"),
+        [
+            (
+                device.name,
+                device.device or "-",
+                device.handler or "-",
+                device.config or "-",
+                format_size(device.size),
+                ",".join(device.fabrics) or "none",
+                str(device.pid or "-"),
+                device.state,
+            )
+            for device in found
+        ],
+    )
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+def handlers(as_json: bool) -> None:
+    """List the handlers that installed packages offer.
+
+    \b
+    Examples:
+      tcmu-rs handlers
+      tcmu-rs handlers --json
+    """
+    rows = []
+    for name, offers in _registry.providers().items():
+        problem = _registry.conflict(offers)
+        for offer in offers:
+            about = ""
+            try:
+                about = (offer.load().__doc__ or "").strip().partition("\n")[0]
+            except _registry.RegistryError as error:
+                problem = str(error)
+            rows.append(
+                {
+                    "name": name,
+                    "class": offer.value,
+                    "package": offer.package,
+                    "about": about,
+                    "error": problem,
+                }
+            )
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    _table(
+        ("NAME", "CLASS", "PACKAGE", "ABOUT"),
+        [
+            (
+                str(row["name"]),
+                str(row["class"]),
+                str(row["package"]),
+                f"error: {row['error']}" if row["error"] else str(row["about"]) or "-",
+            )
+            for row in rows
+        ],
+    )
+
+
+@main.command()
+@_handler_options
+@click.option(
+    "--size", type=_size, metavar="SIZE", required=True, help="Size of the disk: bytes, or as in 512M, 10G."
+)
+def create(
+    spec: tuple[str, str],
+    handler_class: str | None,
+    extra: Sequence[tuple[str, str]],
+    size: int,
+    block_size: str | None,
+) -> None:
+    """Create what the disk SPEC is stored in, and serve nothing.
+
+    \b
+    Examples:
+      tcmu-rs create file:/var/tmp/disk.img --size 10G
+    """
+    name, config = spec
+    options = _options(size=size, create=True, read_only=False, block_size=block_size, extra=extra)
+    trio.run(_find_class(name, handler_class).create, config, options)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def doctor(as_json: bool) -> None:
+    """Say what this machine lacks, and the command that mends it.
+
+    Changes nothing. Exit code 1 if something is missing without which no disk can be served.
+
+    \b
+    Examples:
+      tcmu-rs doctor
+      tcmu-rs doctor --json
+    """
+    checks = _doctor.examine()
+    ok = all(check.ok for check in checks if check.needed)
+    if as_json:
+        print(json.dumps({"ok": ok, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        for check in checks:
+            word, color = (
+                ("ok", "green") if check.ok else ("MISSING", "red") if check.needed else ("missing", "yellow")
+            )
+            click.echo(f"{click.style(f'{word:8}', fg=color)}{check.name}: {check.found}")
+            if check.remedy:
+                click.echo(f"        {check.remedy}")
+    if not ok:
+        sys.exit(1)
+
+
+def format_size(size: int) -> str:
+    """Writes a number of bytes as `--size` takes it, in the largest unit that divides it."""
+    for unit, shift in reversed(_UNITS.items()):
+        if size and not size & ((1 << shift) - 1):
+            return f"{size >> shift}{unit}"
+    return str(size)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table for a person, or lines with tabs for a program."""
+    if not sys.stdout.isatty():
+        for row in (header, *rows):
+            print("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)

@@ -1,0 +1,162 @@
+"""What this machine lacks for serving disks, each with the command that mends it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_CAP_SYS_ADMIN = 21
+
+_MODULES = {
+    "target_core_user": ("CONFIG_TCM_USER2", "sys/module/target_core_user", True),
+    "tcm_loop": ("CONFIG_LOOPBACK_TARGET", "sys/module/tcm_loop", True),
+    "sd_mod": ("CONFIG_BLK_DEV_SD", "sys/bus/scsi/drivers/sd", True),
+    "iscsi_target_mod": ("CONFIG_ISCSI_TARGET", "sys/module/iscsi_target_mod", False),
+}
+"""Kernel modules: the option that builds each, what shows that it is there, and whether nothing works without
+it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: What was looked at.
+        ok: Whether it is as it should be.
+        needed: Whether disks cannot be served without it.
+        found: What was found.
+        remedy: A command or an action that mends it; empty if all is well.
+    """
+
+    name: str
+    ok: bool
+    needed: bool
+    found: str
+    remedy: str = ""
+
+
+def examine(root: Path = Path("/"), *, release: str | None = None) -> list[Check]:
+    """Looks at the machine; changes nothing.
+
+    Args:
+        root: Where its file systems are, for tests.
+        release: Kernel release, `uname -r`; this machine's if None.
+    """
+    release = release or platform.release()
+    modules = [_module(root, release, name) for name in _MODULES]
+    configfs = _configfs(root, release)
+    return [
+        _kernel(release),
+        _privileges(root),
+        *modules,
+        configfs,
+        _target(root, loadable=modules[0].ok and configfs.ok),
+        _nodes(root),
+        *_libraries(),
+    ]
+
+
+def _kernel(release: str) -> Check:
+    numbers = [int(part) for part in release.split("-")[0].split(".")[:2] if part.isdecimal()]
+    ok = numbers >= [4, 20]
+    return Check("kernel", ok, True, release, "" if ok else "boot Linux 4.20 or later")
+
+
+def _privileges(root: Path) -> Check:
+    effective = 0
+    with suppress(OSError, StopIteration):
+        status = (root / "proc/self/status").read_text().splitlines()
+        effective = int(next(line for line in status if line.startswith("CapEff:")).split()[1], 16)
+    admin = bool(effective & 1 << _CAP_SYS_ADMIN)
+    ok = admin and os.geteuid() == 0
+    found = f"user {os.geteuid()}, {'with' if admin else 'without'} CAP_SYS_ADMIN"
+    return Check("privileges", ok, True, found, "" if ok else "run as root, in no container: sudo tcmu-rs")
+
+
+def _module(root: Path, release: str, name: str) -> Check:
+    option, evidence, needed = _MODULES[name]
+    if (root / evidence).is_dir():
+        return Check(name, True, needed, "in the kernel")
+    if where := _shipped(root, release, name):
+        return Check(name, True, needed, where)
+    return Check(name, False, needed, "not in this kernel", _other_kernel(option, release))
+
+
+def _shipped(root: Path, release: str, module: str) -> str | None:
+    """Looks a module up in the lists that come with the kernel."""
+    for file, where in (("modules.builtin", "built in"), ("modules.dep", "can be loaded")):
+        with suppress(OSError), (root / "lib/modules" / release / file).open() as lines:
+            for line in lines:
+                # kernel/drivers/target/target_core_user.ko.xz: kernel/drivers/uio/uio.ko.xz
+                path = line.partition(":")[0].strip()
+                if path.rpartition("/")[2].partition(".")[0].replace("-", "_") == module:
+                    return where
+    return None
+
+
+def _other_kernel(option: str, release: str) -> str:
+    return (
+        f"boot a kernel with {option}: apt install linux-image-amd64 (Debian), "
+        f"apt install linux-modules-extra-{release} (Ubuntu)"
+    )
+
+
+def _configfs(root: Path, release: str) -> Check:
+    with suppress(OSError):
+        for line in (root / "proc/mounts").read_text().splitlines():
+            if line.split(" ")[1:3] == ["/sys/kernel/config", "configfs"]:
+                return Check("configfs", True, True, "mounted")
+    mount = "mount -t configfs none /sys/kernel/config"
+    with suppress(OSError):
+        if "configfs" in (root / "proc/filesystems").read_text().split():
+            return Check("configfs", False, True, "not mounted", mount)
+    if _shipped(root, release, "configfs"):
+        return Check("configfs", False, True, "not loaded", f"modprobe configfs && {mount}")
+    return Check("configfs", False, True, "not in this kernel", _other_kernel("CONFIG_CONFIGFS_FS", release))
+
+
+def _target(root: Path, *, loadable: bool) -> Check:
+    directory = "sys/kernel/config/target/core"
+    if (root / directory).is_dir():
+        return Check("target", True, True, f"/{directory}")
+    if loadable:
+        return Check("target", True, True, f"/{directory} comes with the first device")
+    return Check(
+        "target",
+        False,
+        True,
+        f"no /{directory}",
+        "first what is missing above, then: modprobe target_core_user",
+    )
+
+
+def _nodes(root: Path) -> Check:
+    with suppress(OSError):
+        for line in (root / "proc/mounts").read_text().splitlines():
+            if line.split(" ")[1:3] == ["/dev", "devtmpfs"]:
+                return Check("device nodes", True, True, "/dev is kept by the kernel")
+    uio = []
+    with suppress(OSError):
+        uio = [entry.name for entry in (root / "sys/class/uio").iterdir()]
+    missing = [name for name in uio if not (root / "dev" / name).exists()]
+    found = f"no /dev/{missing[0]}" if missing else "/dev is no devtmpfs: new disks have no node"
+    return Check("device nodes", False, True, found, "mount -t devtmpfs none /dev, or leave the container")
+
+
+def _libraries() -> Iterator[Check]:
+    for name, remedy in (
+        ("rtslib_fb", "apt install libudev1; pip install rtslib-fb"),
+        ("tcmu_rs._native", "reinstall the package: pip install --force-reinstall tcmu-rs"),
+    ):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            yield Check(name, False, True, str(error), remedy)
+        else:
+            yield Check(name, True, True, "can be imported")
