@@ -235,6 +235,7 @@ class _Service:
                     self._device.handler,
                     self._device.uio,
                     name=self._device.name,
+                    wwn=self._device.wwn,
                     strict=self._strict,
                     # Not through `Nursery.start`: cancelled meanwhile, it would wait for this shielded task
                     # for ever.
