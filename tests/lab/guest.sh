@@ -46,13 +46,14 @@ record() {
 # The host asks what hangs before it gives up. When it is gone, nobody is left to end this machine.
 (
     while read -r _ <&"$port"; do
-        ps --deselect --ppid 2 -o pid,ppid,stat,wchan:24,args >/dev/console
+        ps -ww --deselect --ppid 2 -o pid,ppid,stat,wchan:24,args >/dev/console
         echo w >/proc/sysrq-trigger
         record described
     done
     echo b >/proc/sysrq-trigger
 ) &
 
+echo "lab: the job starts" >/dev/kmsg
 record started
 (
     exec {port}<&- </dev/null >&"$output" 2>&1 {output}>&-

@@ -45,6 +45,7 @@ _BOOT_TIMEOUT = 180.0
 _DESCRIBE_TIMEOUT = 15.0
 _QUIT_TIMEOUT = 15.0
 _TAIL_LINES = 60
+_JOB_STARTS = "lab: the job starts"
 _PANIC = "Kernel panic - not syncing"
 
 _COMMAND_LINE = (
@@ -557,8 +558,8 @@ def _escaped(path: Path) -> str:
 
 
 def _tail(text: str) -> str:
-    """The last lines of a kernel log, and all from its first fault on: what follows that is aftermath."""
-    lines = text.splitlines()
+    """The last lines of a kernel log since the job started; all since the first fault, of which they may be aftermath."""
+    lines = text.partition(_JOB_STARTS)[2].splitlines() or text.splitlines()
     end = max(len(lines) - _TAIL_LINES, 0)
     first = next((number for number, line in enumerate(lines) if _FAULT.search(line)), end)
-    return "\n".join(lines[min(first, end) :])
+    return "\n".join(lines[min(first, end) :]).strip("\n")
