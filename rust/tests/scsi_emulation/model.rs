@@ -122,8 +122,6 @@ fn play(disk: &mut Disk, model: &mut Model, command: Command) -> Result<(), Test
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
-
     #[test]
     fn the_disk_is_what_the_model_says(
         commands in vec(command(), 1..60),

@@ -36,8 +36,6 @@ fn field_bytes() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
-
     #[test]
     fn any_cdb_has_an_answer(
         geometry in geometry(),

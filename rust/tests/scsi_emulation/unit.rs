@@ -39,11 +39,14 @@ fn geometries_that_do_not_fit_together() {
         });
         assert_eq!(error, LunError::Discard { granularity, alignment });
     }
-    let error = refused(|geometry| {
-        geometry.max_transfer_blocks = 8;
-        geometry.optimal_transfer_blocks = 9;
-    });
-    assert_eq!(error, LunError::OptimalTransfer { optimal: 9, max: 8 });
+    for blocks in [7, 12, 24] {
+        let error = refused(|geometry| {
+            geometry.physical_block_size = 4096;
+            geometry.max_transfer_blocks = 16;
+            geometry.optimal_transfer_blocks = blocks;
+        });
+        assert_eq!(error, LunError::OptimalTransfer { blocks, max: 16 });
+    }
 }
 
 #[test]
