@@ -13,9 +13,9 @@ pub struct Geometry {
     pub size: u64,
     /// What the storage below writes without reading first: a power of two, not below `block_size`.
     pub physical_block_size: u32,
-    /// Transfers should be multiples of this; 0 does not say.
+    /// Transfers should be multiples of this; 0 does not say. Whole physical blocks, or Linux complains in its log.
     pub optimal_transfer_granularity_blocks: u16,
-    /// Transfers are fastest up to here; 0 does not say.
+    /// Transfers are fastest up to here; 0 does not say. Whole physical blocks, for the same reason.
     pub optimal_transfer_blocks: u32,
     /// The longest READ or WRITE: longer ones are refused.
     pub max_transfer_blocks: u32,
@@ -38,7 +38,7 @@ pub struct Geometry {
 
 impl Geometry {
     /// A medium of `size` bytes with usual limits: transfers of up to 16 MiB, UNMAP of up to 2²⁰ blocks in 256
-    /// ranges, WRITE SAME of up to 256 MiB, no seek time, and one logical block for every granularity.
+    /// ranges, WRITE SAME of up to 256 MiB, no seek time, every block to be discarded by itself.
     #[must_use]
     pub fn new(block_size: u32, size: u64) -> Self {
         let blocks = |bytes: u32| bytes / block_size.max(1);
@@ -46,7 +46,7 @@ impl Geometry {
             block_size,
             size,
             physical_block_size: block_size,
-            optimal_transfer_granularity_blocks: 1,
+            optimal_transfer_granularity_blocks: 0,
             optimal_transfer_blocks: 0,
             max_transfer_blocks: blocks(16 << 20),
             discard_granularity: block_size.into(),
@@ -81,11 +81,11 @@ impl Geometry {
         if limits.contains(&0) || self.max_write_same_blocks == 0 {
             return Err(LunError::ZeroLimit);
         }
-        if self.optimal_transfer_blocks > self.max_transfer_blocks {
-            return Err(LunError::OptimalTransfer {
-                optimal: self.optimal_transfer_blocks,
-                max: self.max_transfer_blocks,
-            });
+        let per_physical = physical / self.block_size;
+        for blocks in [self.optimal_transfer_granularity_blocks.into(), self.optimal_transfer_blocks] {
+            if blocks > self.max_transfer_blocks || !blocks.is_multiple_of(per_physical) {
+                return Err(LunError::OptimalTransfer { blocks, max: self.max_transfer_blocks });
+            }
         }
         let granularity = self.discard_granularity;
         if granularity == 0

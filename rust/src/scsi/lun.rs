@@ -57,11 +57,11 @@ pub enum LunError {
     /// A limit of 0 would refuse every command.
     #[error("the longest transfer, discard and WRITE SAME must be at least one block, in one descriptor")]
     ZeroLimit,
-    /// The optimal transfer would be refused.
-    #[error("an optimal transfer of {optimal} blocks is above the longest of {max}")]
+    /// An optimal transfer is above the longest one, or not of whole physical blocks.
+    #[error("an optimal transfer of {blocks} blocks must be of whole physical blocks, and of {max} at most")]
     OptimalTransfer {
-        /// The optimal transfer.
-        optimal: u32,
+        /// The optimal transfer, or its granularity.
+        blocks: u32,
         /// The longest one.
         max: u32,
     },

@@ -208,19 +208,16 @@ pub(super) fn with_opcode(
 pub fn find(cdb: &[u8], capabilities: &Capabilities) -> Result<&'static Command, Sense> {
     let &opcode = cdb.first().ok_or(Sense::INVALID_OPCODE)?;
     let mut rows = with_opcode(opcode, capabilities);
-    let row = rows.next().ok_or(Sense::INVALID_OPCODE.at_cdb(0, 7))?;
-    if row.service_action.is_none() {
-        return Ok(row);
+    let first = rows.clone().next().ok_or(Sense::INVALID_OPCODE.at_cdb(0, 7))?;
+    if first.service_action.is_none() {
+        return Ok(first);
     }
     let (byte, bit) = service_action_field(opcode);
     let wanted = match opcode {
         VARIABLE_LENGTH => cdb.get(8..10).map(|bytes| u16::from_be_bytes([bytes[0], bytes[1]])),
         _ => cdb.get(1).map(|byte| u16::from(byte & 0x1f)),
     };
-    std::iter::once(row)
-        .chain(rows)
-        .find(|row| row.service_action == wanted)
-        .ok_or_else(|| invalid_field(byte, bit))
+    rows.find(|row| row.service_action == wanted).ok_or_else(|| invalid_field(byte, bit))
 }
 
 use Direction::{In, None as NoData, Out};

@@ -1,0 +1,147 @@
+//! Random commands against a disk and a model of it that knows no SCSI.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use tcmu::scsi::{Capabilities, Geometry, Status};
+
+use crate::disk::{ALL, Disk};
+
+const BLOCKS: u64 = 64;
+const BLOCK: usize = 512;
+
+#[derive(Debug, Clone)]
+enum Command {
+    Read { lba: u64, blocks: u8, form: usize },
+    Write { lba: u64, blocks: u8, form: usize, fua: bool, seed: u8 },
+    WriteSame { lba: u64, blocks: u8, unmap: bool, no_data: bool, value: u8 },
+    Unmap { ranges: Vec<(u64, u8)> },
+    SetWriteCache(bool),
+}
+
+fn command() -> impl Strategy<Value = Command> {
+    let lba = || 0..BLOCKS + 4;
+    let blocks = || 0..20u8;
+    prop_oneof![
+        (lba(), blocks(), 0..4usize).prop_map(|(lba, blocks, form)| Command::Read { lba, blocks, form }),
+        (lba(), blocks(), 0..4usize, any::<bool>(), any::<u8>())
+            .prop_map(|(lba, blocks, form, fua, seed)| Command::Write { lba, blocks, form, fua, seed }),
+        (lba(), blocks(), any::<bool>(), any::<bool>(), prop_oneof![Just(0), any::<u8>()]).prop_map(
+            |(lba, blocks, unmap, no_data, value)| Command::WriteSame { lba, blocks, unmap, no_data, value }
+        ),
+        vec((lba(), blocks()), 0..5).prop_map(|ranges| Command::Unmap { ranges }),
+        any::<bool>().prop_map(Command::SetWriteCache),
+    ]
+}
+
+fn transfer_cdb(write: bool, form: usize, lba: u64, blocks: u8, fua: bool) -> Vec<u8> {
+    let opcode = [0x08, 0x28, 0xa8, 0x88][form] + if write { 2 } else { 0 };
+    let flags = if fua { 0x08 } else { 0 };
+    let short = (lba as u32).to_be_bytes();
+    match form {
+        0 => vec![opcode, 0, 0, lba as u8, blocks, 0],
+        1 => [&[opcode, flags], short.as_slice(), &[0, 0, blocks, 0]].concat(),
+        2 => [&[opcode, flags], short.as_slice(), &[0, 0, 0, blocks, 0, 0]].concat(),
+        _ => [&[opcode, flags], lba.to_be_bytes().as_slice(), &[0, 0, 0, blocks, 0, 0]].concat(),
+    }
+}
+
+/// The medium as an initiator may believe it to be: `None` where it may read anything.
+struct Model(Vec<Option<u8>>);
+
+impl Model {
+    fn range(lba: u64, blocks: u64) -> Option<std::ops::Range<usize>> {
+        let fits = lba < BLOCKS && lba + blocks <= BLOCKS;
+        fits.then(|| lba as usize * BLOCK..(lba + blocks) as usize * BLOCK)
+    }
+}
+
+fn play(disk: &mut Disk, model: &mut Model, command: Command) -> Result<(), TestCaseError> {
+    match command {
+        Command::SetWriteCache(on) => disk.lu.set_write_cache(on),
+        Command::Read { lba, blocks, form } => {
+            let count = if form == 0 && blocks == 0 { 256 } else { u64::from(blocks) };
+            let cdb = transfer_cdb(false, form, lba, blocks, false);
+            match Model::range(lba, count) {
+                Some(range) => {
+                    let data = disk.read(&cdb, range.len() + 100);
+                    prop_assert_eq!(data.len(), range.len());
+                    for (read, known) in data.iter().zip(&model.0[range]) {
+                        prop_assert!(known.is_none_or(|known| known == *read));
+                    }
+                }
+                None => prop_assert!(disk.write(&cdb, &vec![0; count as usize * BLOCK]).sense.is_some()),
+            }
+        }
+        Command::Write { lba, blocks, form, fua, seed } => {
+            let count = if form == 0 && blocks == 0 { 256 } else { u64::from(blocks) };
+            let data: Vec<u8> = (0..count as usize * BLOCK).map(|at| (at / 3) as u8 ^ seed).collect();
+            let fua = fua && form != 0;
+            let reply = disk.write(&transfer_cdb(true, form, lba, blocks, fua), &data);
+            let range = Model::range(lba, count);
+            prop_assert_eq!(reply.status == Status::Good, range.is_some());
+            if let Some(range) = range {
+                model.0[range.clone()].iter_mut().zip(data).for_each(|(known, byte)| *known = Some(byte));
+                let must_be_durable = fua || !disk.lu.has_write_cache();
+                if must_be_durable && disk.lu.capabilities().flush {
+                    prop_assert!(!disk.volatile[range].contains(&true));
+                }
+            }
+        }
+        Command::WriteSame { lba, blocks, unmap, no_data, value } => {
+            let flags = if unmap { 0x08 } else { 0 } | u8::from(no_data);
+            let head = [0x93, flags];
+            let cdb = [&head, lba.to_be_bytes().as_slice(), &[0, 0, 0, blocks, 0, 0]].concat();
+            let reply = disk.write(&cdb, &vec![value; if no_data { 0 } else { BLOCK }]);
+            let range = Model::range(lba, blocks.into())
+                .filter(|range| !range.is_empty() && (!unmap || disk.lu.capabilities().discard_zeroes));
+            prop_assert_eq!(reply.status == Status::Good, range.is_some());
+            if let Some(range) = range {
+                model.0[range].fill(Some(if no_data { 0 } else { value }));
+            }
+        }
+        Command::Unmap { ranges } => {
+            let length = ranges.len() as u8 * 16;
+            let mut list = vec![0, length + 6, 0, length, 0, 0, 0, 0];
+            for (lba, blocks) in &ranges {
+                list.extend(lba.to_be_bytes());
+                list.extend(u32::from(*blocks).to_be_bytes());
+                list.extend([0; 4]);
+            }
+            let reply = disk.write(&[0x42, 0, 0, 0, 0, 0, 0, 0, list.len() as u8, 0], &list);
+            let fits = ranges.iter().all(|&(lba, blocks)| lba + u64::from(blocks) <= BLOCKS);
+            prop_assert_eq!(reply.status == Status::Good, fits && disk.lu.capabilities().discard);
+            if reply.status == Status::Good {
+                let value = disk.lu.capabilities().discard_zeroes.then_some(0);
+                for (lba, blocks) in ranges {
+                    model.0[lba as usize * BLOCK..(lba as usize + usize::from(blocks)) * BLOCK].fill(value);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn the_disk_is_what_the_model_says(
+        commands in vec(command(), 1..60),
+        [flush, native_fua, discard, discard_zeroes, write_zeroes] in any::<[bool; 5]>(),
+        granularity in 1..9u64,
+    ) {
+        let capabilities =
+            Capabilities { flush, native_fua, discard, discard_zeroes, write_zeroes, ..ALL };
+        let geometry = Geometry {
+            discard_granularity: granularity * BLOCK as u64,
+            discard_alignment: (granularity - 1) * BLOCK as u64,
+            ..Geometry::new(BLOCK as u32, BLOCKS * BLOCK as u64)
+        };
+        let mut disk = Disk::with(geometry, capabilities);
+        let mut model = Model(vec![Some(0); BLOCKS as usize * BLOCK]);
+        for command in commands {
+            play(&mut disk, &mut model, command)?;
+        }
+        for (byte, known) in disk.medium.iter().zip(&model.0) {
+            prop_assert!(known.is_none_or(|known| known == *byte));
+        }
+    }
+}
