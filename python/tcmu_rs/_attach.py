@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import trio
 
@@ -46,9 +46,7 @@ class AttachedDevice:
         uio: The device's node and mapping.
     """
 
-    def __init__(
-        self, handler: Handler, backstore: _lio.Backstore, uio: _sysfs.UioDevice, fabric: _lio.Fabric
-    ) -> None:
+    def __init__(self, handler: Handler, backstore: _lio.Backstore, uio: _sysfs.UioDevice, fabric: _lio.Fabric) -> None:
         self.name = backstore.name
         self.handler = handler
         self.size: int = handler.size
@@ -213,9 +211,7 @@ class _Service:
     is made to fail the commands that nobody will answer, until there is none.
     """
 
-    def __init__(
-        self, device: AttachedDevice, backstore: _lio.Backstore, *, strict: bool, grace: float
-    ) -> None:
+    def __init__(self, device: AttachedDevice, backstore: _lio.Backstore, *, strict: bool, grace: float) -> None:
         self._device = device
         self._backstore = backstore
         self._strict = strict
@@ -237,6 +233,7 @@ class _Service:
                     name=self._device.name,
                     wwn=self._device.wwn,
                     strict=self._strict,
+                    grace=self._grace,
                     # Not through `Nursery.start`: cancelled meanwhile, it would wait for this shielded task
                     # for ever.
                     task_status=self,
@@ -247,9 +244,9 @@ class _Service:
         if not self._server_scope.cancel_called:
             raise _lio.LioError(f"device {self._device.name} was removed by another program")
 
-    def started(self, server: Device) -> None:
-        """Called by the server when commands flow."""
-        self._device._server = server
+    def started(self, value: Any = None) -> None:
+        """Called by the server, with the `Device`, when commands flow."""
+        self._device._server = value
         self._started.set()
 
     async def wait_started(self) -> None:
@@ -371,6 +368,4 @@ async def _wait_usable(device: AttachedDevice, within: float) -> str:
                 return path
             why = reason
             await trio.sleep(min(0.005 * 1.5**attempt, 0.1))
-    raise _lio.LioError(
-        f"device {device.name} is not usable after {within:g} s: {why}", "`dmesg` may say why"
-    )
+    raise _lio.LioError(f"device {device.name} is not usable after {within:g} s: {why}", "`dmesg` may say why")

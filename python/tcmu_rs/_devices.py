@@ -56,9 +56,7 @@ def devices() -> list[Device]:
     )
 
 
-def _device(
-    backstore: _lio.Backstore, uio: _sysfs.UioDevice | None, pids: dict[int, int], luns: list[Path]
-) -> Device:
+def _device(backstore: _lio.Backstore, uio: _sysfs.UioDevice | None, pids: dict[int, int], luns: list[Path]) -> Device:
     pid = pids.get(uio.minor) if uio else None
     if uio is None:
         state = "incomplete"

@@ -272,9 +272,7 @@ def _rtslib() -> ModuleType:
     try:
         import rtslib_fb
     except ImportError as error:
-        raise LioError(
-            f"rtslib-fb cannot be loaded: {error}", "install libudev: apt install libudev1"
-        ) from error
+        raise LioError(f"rtslib-fb cannot be loaded: {error}", "install libudev: apt install libudev1") from error
     return rtslib_fb  # type: ignore[no-any-return]
 
 
@@ -306,9 +304,7 @@ def _write(path: Path, text: str) -> None:
     try:
         os.write(fd, os.fsencode(text))
     except OSError as error:
-        raise LioError(
-            f"the kernel refuses {text!r} in {path}: {error.strerror}", "`dmesg` may say why"
-        ) from error
+        raise LioError(f"the kernel refuses {text!r} in {path}: {error.strerror}", "`dmesg` may say why") from error
     finally:
         os.close(fd)
 

@@ -66,9 +66,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
     """
     handler, colon, config = spec.partition(":")
     if not colon or not handler:
-        raise ValueError(
-            f"{spec!r} is not of the form HANDLER:CONFIG (for instance file:/var/tmp/disk.img, ram:)"
-        )
+        raise ValueError(f"{spec!r} is not of the form HANDLER:CONFIG (for instance file:/var/tmp/disk.img, ram:)")
     return handler, config
 
 
@@ -103,8 +101,7 @@ def load(name: str) -> type[Any]:
     if name not in known:
         names = ", ".join(known) or "none"
         raise RegistryError(
-            f"no handler {name!r}; installed: {names} "
-            "(install the package that has it, or use --handler module:Class)"
+            f"no handler {name!r}; installed: {names} (install the package that has it, or use --handler module:Class)"
         )
     if text := conflict(known[name]):
         raise RegistryError(text)

@@ -208,9 +208,7 @@ def write_back(disk: Disk, *, proc_root: Path = PROC) -> None:
     """
     devices = {f"{os.major(disk.rdev)}:{os.minor(disk.rdev)}"}
     with suppress(OSError):
-        devices |= {
-            part.read_text().strip() for part in (SYS / "class/block" / Path(disk.path).name).glob("*/dev")
-        }
+        devices |= {part.read_text().strip() for part in (SYS / "class/block" / Path(disk.path).name).glob("*/dev")}
     with suppress(OSError):
         for line in (proc_root / "self/mountinfo").read_text().splitlines():
             fields = line.split(" ")
