@@ -60,7 +60,7 @@ lint: $(VENV)/develop
 
 types: $(VENV)/develop
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest tcmu_rs._native --allowlist tests/stubtest-allowlist.txt
+	$(BIN)/python -m mypy.stubtest tcmu_rs._native
 
 rust-test:
 	cargo test --quiet

@@ -49,7 +49,9 @@ def test_wheel_and_wheel_from_sdist_have_the_same_files(tmp_path: Path) -> None:
         for pattern in ("**/*.py", "**/*.pyi", "py.typed")
         for path in (ROOT / "python/tcmu_rs").glob(pattern)
     }
-    expected |= {f"tcmu_rs/handlers/{path.relative_to(ROOT / 'handlers')}" for path in (ROOT / "handlers").glob("**/*.py")}
+    expected |= {
+        f"tcmu_rs/handlers/{path.relative_to(ROOT / 'handlers')}" for path in (ROOT / "handlers").glob("**/*.py")
+    }
     expected |= {"tcmu_rs/_native.abi3.so"}
     assert {name for name in names(direct) if name.startswith("tcmu_rs/")} == expected
     assert not {name for name in names(direct) if not name.startswith(("tcmu_rs/", "tcmu_rs-"))}

@@ -65,9 +65,7 @@ _COMMAND_LINE = (
 _COVERED = frozenset({"dev", "proc", "run", "sys"})
 
 # What the kernel says when it finds a fault in itself. Hung tasks count: a TCMU ring can hang one for ever.
-_FAULT = re.compile(
-    r"Kernel panic|Oops:|BUG:|WARNING: CPU|INFO: task .* blocked|INFO: rcu.*stall|UBSAN:|KASAN:"
-)
+_FAULT = re.compile(r"Kernel panic|Oops:|BUG:|WARNING: CPU|INFO: task .* blocked|INFO: rcu.*stall|UBSAN:|KASAN:")
 
 
 class Verdict(enum.Enum):
@@ -163,9 +161,7 @@ def run(
 
     The arguments are those of `Machine`.
     """
-    with Machine(
-        job, timeout=timeout, env=env, disks=disks, memory=memory, cpus=cpus, on_output=on_output
-    ) as machine:
+    with Machine(job, timeout=timeout, env=env, disks=disks, memory=memory, cpus=cpus, on_output=on_output) as machine:
         return machine.wait()
 
 
@@ -239,9 +235,7 @@ class Machine:
         provision = self._provision or provide()
         for path in (self._directory, Path(sys.prefix), provision.kernel.modules):
             if path.parts[1:2] and path.parts[1] in _COVERED:
-                raise LabError(
-                    f"the guest cannot see {path}, as it has its own /{path.parts[1]}; move it elsewhere"
-                )
+                raise LabError(f"the guest cannot see {path}, as it has its own /{path.parts[1]}; move it elsewhere")
         self._scratch = Path(tempfile.mkdtemp(prefix="tcmu-lab-"))
         try:
             self.shared.mkdir()
@@ -308,9 +302,7 @@ class Machine:
                 return
             happened = "the job ended" if self._over() else f"{timeout:.0f} s went by"
             seen = self._progress.output.decode(errors="backslashreplace")
-        raise LabError(
-            f"{happened} without the output {wanted!r}; seen was:\n{seen}\n{_tail(self._console())}"
-        )
+        raise LabError(f"{happened} without the output {wanted!r}; seen was:\n{seen}\n{_tail(self._console())}")
 
     def wait(self) -> Result:
         """Wait for the job's end and return what became of it.
@@ -324,9 +316,7 @@ class Machine:
         if self._result is not None:
             return self._result
         with self._changed:
-            if self._changed.wait_for(
-                lambda: self._progress.started is not None or self._over(), _BOOT_TIMEOUT
-            ):
+            if self._changed.wait_for(lambda: self._progress.started is not None or self._over(), _BOOT_TIMEOUT):
                 started = self._progress.started or 0.0
                 self._changed.wait_for(self._over, started + self.timeout - time.monotonic())
             over = self._over()
@@ -383,9 +373,7 @@ class Machine:
             verdict = self._verdict or Verdict.GONE
         if progress.started is None and verdict is not Verdict.KILLED:
             why = "its kernel panicked" if verdict is Verdict.PANICKED else f"it {verdict.value}"
-            raise BootError(
-                f"the guest did not boot ({why}); QEMU and the console:\n{said_by_qemu}{_tail(console)}"
-            )
+            raise BootError(f"the guest did not boot ({why}); QEMU and the console:\n{said_by_qemu}{_tail(console)}")
         if verdict is Verdict.GONE:
             console += said_by_qemu
         started = progress.started or now
@@ -558,7 +546,7 @@ def _escaped(path: Path) -> str:
 
 
 def _tail(text: str) -> str:
-    """The last lines of a kernel log since the job started; all since the first fault, of which they may be aftermath."""
+    """The last lines of a kernel log since the job started; all since the first fault: they may follow from it."""
     lines = text.partition(_JOB_STARTS)[2].splitlines() or text.splitlines()
     end = max(len(lines) - _TAIL_LINES, 0)
     first = next((number for number, line in enumerate(lines) if _FAULT.search(line)), end)

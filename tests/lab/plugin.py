@@ -62,9 +62,7 @@ class Lab:
         cpus: int = 2,
     ) -> Machine:
         """A machine for `job`; its arguments are those of `Machine`, and it is a context manager like it."""
-        return Machine(
-            job, timeout=timeout, env=env, disks=disks, memory=memory, cpus=cpus, provision=self.provision
-        )
+        return Machine(job, timeout=timeout, env=env, disks=disks, memory=memory, cpus=cpus, provision=self.provision)
 
     def run(
         self,
@@ -182,9 +180,7 @@ class _Host:
 
     def _remaining(self, item: pytest.Item) -> list[pytest.Item]:
         items = item.session.items
-        return [
-            other for other in items[items.index(item) :] if other.get_closest_marker("guest") is not None
-        ]
+        return [other for other in items[items.index(item) :] if other.get_closest_marker("guest") is not None]
 
     def _failure(self, item: pytest.Item, message: str) -> pytest.TestReport:
         return pytest.TestReport(item.nodeid, item.location, dict(item.keywords), "failed", message, "call")
@@ -195,7 +191,7 @@ class _Host:
         self._batch = None
 
 
-class _NoReport(Exception):  # noqa: N818 - it is the message of a report
+class _NoReport(Exception):
     """A test got no complete report from the guest; the message says why."""
 
 

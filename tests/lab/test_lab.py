@@ -22,9 +22,7 @@ ODD_BYTES = bytes(range(256)) + b"\r\n\x1e\x1e0123456789abcdef \x1e"
 def test_records_are_told_from_output_however_the_stream_is_cut(size: int) -> None:
     nonce = "00ff" * 8
     almost = b"\x1e" + nonce[:-1].encode() + b"\x1e"
-    stream = (
-        b"\x1e%s started\x1e" % nonce.encode() + ODD_BYTES + almost + b"\x1e%s exited 7\x1e" % nonce.encode()
-    )
+    stream = b"\x1e%s started\x1e" % nonce.encode() + ODD_BYTES + almost + b"\x1e%s exited 7\x1e" % nonce.encode()
     records = _Records(nonce)
     pieces = [piece for at in range(0, len(stream), size) for piece in records.feed(stream[at : at + size])]
     assert [piece for piece in pieces if isinstance(piece, str)] == ["started", "exited 7"]
@@ -234,9 +232,7 @@ def run_pytest(
 ) -> subprocess.CompletedProcess[str]:
     """Run pytest as a process of its own, for this one's options and plugins not to matter."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(
-        command, cwd=directory, env=env, capture_output=True, text=True, check=False, timeout=1800
-    )
+    done = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, check=False, timeout=1800)
     print(done.stdout, done.stderr)
     return done
 
@@ -271,9 +267,7 @@ def test_what_guest_tests_do_is_reported_as_if_they_ran_here(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("", "2 skipped"), ("true", "2 errors")])
-def test_where_the_lab_is_incomplete_tests_are_skipped_and_fail_under_ci(
-    tmp_path: Path, ci: str, outcome: str
-) -> None:
+def test_where_the_lab_is_incomplete_tests_are_skipped_and_fail_under_ci(tmp_path: Path, ci: str, outcome: str) -> None:
     make_project(
         tmp_path,
         """
