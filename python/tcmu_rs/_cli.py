@@ -251,6 +251,47 @@ async def _serve_until_signal(attaching: Callable[[], Any], announce: Callable[[
 
 
 @main.command()
+@click.argument("names", nargs=-1, metavar="[HANDLER]...")
+@click.option("--replies", is_flag=True, help="Let the kernel wait for us when devices are made: see below.")
+def daemon(names: Sequence[str], replies: bool) -> None:
+    """Serve the devices that targetcli and other programs make.
+
+    Serves every user-backed device whose configuration begins with one of the HANDLERs (all that are installed, if
+    none is given), those that are there and those to come, until SIGINT or SIGTERM. Devices of other handlers are
+    left alone. When the daemon ends, its devices stay and are blocked: initiators are told that they are busy until a
+    daemon serves them again.
+
+    With --replies the kernel waits for an answer when a device is made, so that one whose storage cannot be opened is
+    refused at once. The switch holds for the whole machine, and outlives the daemon: while it is on, whoever makes a
+    device that no daemon serves waits for ever.
+
+    \b
+    Examples:
+      tcmu-rs daemon
+      tcmu-rs daemon file --replies
+      targetcli /backstores/user:file create disk1 10G /var/tmp/disk.img
+    """
+    from ._daemon import Daemon, serving
+
+    handlers = {name: _registry.load(name) for name in names} if names else _installed()
+
+    def announce(_: Daemon) -> None:
+        print(f"serving devices of {', '.join(handlers)}", flush=True)
+
+    trio.run(_serve_until_signal, functools.partial(serving, handlers, replies=replies), announce)
+
+
+def _installed() -> dict[str, Any]:
+    found = {}
+    for name in _registry.providers():
+        try:
+            found[name] = _registry.load(name)
+        except _registry.RegistryError as error:
+            _log.warning("left out: %s", error)
+    return found
+
+
+@main.command()
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Although the disk is in use, or a program of your own serves it.")
 @click.option(

@@ -384,11 +384,15 @@ def find_backstore(name: str) -> Backstore | None:
     return next((backstore for backstore in backstores() if backstore.name == name), None)
 
 
-def _backstore(name: str, hba: int) -> Backstore:
-    wwn = ""
+def serial_number(backstore: Backstore) -> str:
+    """Reads the unit serial number; empty if the device has been given none, or is gone."""
     with suppress(FileNotFoundError):
-        wwn = _read(_CORE / f"user_{hba}" / name / "wwn/vpd_unit_serial").partition(":")[2].strip()
-    return Backstore(name, hba, wwn)
+        return _read(backstore.path / "wwn/vpd_unit_serial").partition(":")[2].strip()
+    return ""
+
+
+def _backstore(name: str, hba: int) -> Backstore:
+    return Backstore(name, hba, serial_number(Backstore(name, hba, "")))
 
 
 @_own_errors

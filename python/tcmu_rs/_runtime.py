@@ -87,6 +87,7 @@ class Device:
         strict: bool,
         grace: float,
         free_kept: Callable[[int], None] | None,
+        before_stop: Callable[[], None] | None,
     ) -> None:
         self.name = name
         self.handler = handler
@@ -96,6 +97,7 @@ class Device:
         self._strict = strict
         self._grace = grace
         self._free_kept = free_kept
+        self._before_stop = before_stop
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._max_in_flight = handler.max_in_flight
         self._calls: dict[int | None, _Call] = self._find_calls()
@@ -422,6 +424,8 @@ class Device:
         if self._running == 0:
             self._drained.set()
         with trio.move_on_after(self._grace, shield=True):
+            if self._before_stop is not None:
+                await trio.to_thread.run_sync(self._before_stop)
             await self._drained.wait()
         shield.cancel()
 
@@ -488,6 +492,7 @@ async def serve_ring(
     strict: bool = False,
     grace: float = GRACE,
     free_kept: Callable[[int], None] | None = None,
+    before_stop: Callable[[], None] | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves a handler that is open on a ring that is there: the kernel's or the simulator's.
@@ -503,6 +508,7 @@ async def serve_ring(
         strict: Raise what a handler must not raise, instead of going on.
         grace: Seconds for commands in flight when the device stops.
         free_kept: Tells the kernel that a kept buffer is free.
+        before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
         task_status: Gets the `Device` once commands flow.
 
     Resource handling: the ring is closed when this returns or raises; every command has been answered by then.
@@ -520,7 +526,7 @@ async def serve_ring(
         intercept=has(handler, "scsi_command"),
         fills_reads=getattr(handler, "fills_reads", False),
     )
-    device = Device(handler, ring, name, strict=strict, grace=grace, free_kept=free_kept)
+    device = Device(handler, ring, name, strict=strict, grace=grace, free_kept=free_kept, before_stop=before_stop)
     await device.run(task_status)
 
 
@@ -533,14 +539,21 @@ def naa_of(serial: str) -> bytes:
     return bytes.fromhex("6001405" + "".join(digits).ljust(25, "0"))
 
 
+def _action(uio: UioDevice, action: str, value: int) -> None:
+    with open(f"/sys/kernel/config/target/core/user_{uio.hba}/{uio.name}/action/{action}", "w") as file:  # noqa: PTH123
+        file.write(str(value))
+
+
 async def serve_uio(
     handler: Handler,
     uio: UioDevice,
     *,
     name: str,
     wwn: str,
+    take_over: bool = False,
     strict: bool = False,
     grace: float = GRACE,
+    before_stop: Callable[[], None] | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves an open handler on a device of this machine's kernel.
@@ -550,34 +563,47 @@ async def serve_uio(
         uio: The device; nobody else may have it open.
         name: For the log.
         wwn: The backstore's unit serial number.
+        take_over: Another process may have served the device before, and initiators may use it now: what that process
+            left unanswered is given back to them as BUSY. The device is unblocked when commands flow.
         strict: As for `serve_ring`.
         grace: As for `serve_ring`.
+        before_stop: As for `serve_ring`.
         task_status: As for `serve_ring`.
 
     Raises:
         OSError: The device cannot be opened; EBUSY if another process serves it.
         DeviceError: The device went away, or its shared memory is corrupt.
     """
-    free_kept_buf = f"/sys/kernel/config/target/core/user_{uio.hba}/{uio.name}/action/free_kept_buf"
-
-    def free_kept(cmd_id: int) -> None:
-        with open(free_kept_buf, "w") as file:  # noqa: PTH123 - one write() of one line, no path arithmetic
-            file.write(str(cmd_id))
-
     fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        await serve_ring(
-            handler,
-            memory=fd,
-            event=fd,
-            map_size=uio.map_size,
-            name=name,
-            serial=wwn,
-            naa=naa_of(wwn),
-            strict=strict,
-            grace=grace,
-            free_kept=free_kept,
-            task_status=task_status,
-        )
+        if take_over:
+            # Opened first: the kernel trips over the reset of a device that nobody ever opened. Entries of the
+            # process before us cannot be continued: its answers may lie in the slots of commands that still run.
+            await trio.to_thread.run_sync(_action, uio, "block_dev", 1)
+            await trio.to_thread.run_sync(_action, uio, "reset_ring", 1)
+
+        async def serve(task_status: trio.TaskStatus[Device]) -> None:
+            await serve_ring(
+                handler,
+                memory=fd,
+                event=fd,
+                map_size=uio.map_size,
+                name=name,
+                serial=wwn,
+                naa=naa_of(wwn),
+                strict=strict,
+                grace=grace,
+                free_kept=functools.partial(_action, uio, "free_kept_buf"),
+                before_stop=before_stop,
+                task_status=task_status,
+            )
+
+        if not take_over:
+            await serve(task_status)
+            return
+        async with trio.open_nursery() as nursery:
+            device = await nursery.start(serve)
+            await trio.to_thread.run_sync(_action, uio, "block_dev", 0)
+            task_status.started(device)
     finally:
         os.close(fd)
