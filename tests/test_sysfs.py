@@ -94,11 +94,14 @@ def test_pids_come_from_descriptors_and_from_mappings(tmp_path: Path) -> None:
     add_process(tmp_path, 102, links={"5": "/dev/uio1 (deleted)", "6": "/dev/uio", "7": "/tmp/uio9x", "8": "uio8"})
     (tmp_path / "103").mkdir()
     (tmp_path / "self").mkdir()
-    assert _sysfs.serving_pids(proc_root=tmp_path) == {0: 100, 3: 7}
+    devices = [UioDevice(minor, f"/dev/uio{minor}", 0, "x", "x", 4096) for minor in range(10)]
+    assert _sysfs.serving_pids(devices, proc_root=tmp_path) == {0: 100, 3: 7}
+    assert _sysfs.serving_pids(devices[:1], proc_root=tmp_path) == {0: 100}
+    assert _sysfs.serving_pids([], proc_root=tmp_path) == {}
 
 
 def test_pids_of_this_machine_can_be_read() -> None:
-    assert isinstance(_sysfs.serving_pids(), dict)
+    assert _sysfs.serving_pids([UioDevice(9999, "/dev/uio9999", 0, "x", "x", 4096)]) == {}
 
 
 def test_a_disk_is_found_by_its_address(tmp_path: Path) -> None:

@@ -278,7 +278,10 @@ class _Service:
             nursery.start_soon(self._withdraw, withdrawn)
             with trio.move_on_after(self._grace):
                 await _first(withdrawn, self._device._hurry)
-            if not withdrawn.is_set():
+            if withdrawn.is_set():
+                # There may be LUNs of other programs: to them the device is busy from now on, not silent.
+                await _blocking(_lio.block, self._backstore)
+            else:
                 _log.warning("%s: not idle in time, its commands are cancelled", self._device.name)
             self._server_scope.cancel()
 

@@ -45,7 +45,7 @@ class Device:
 def devices() -> list[Device]:
     """Lists the user backstores of all programs, by name."""
     uio = {(device.hba, device.name): device for device in _sysfs.scan()}
-    pids = _sysfs.serving_pids()
+    pids = _sysfs.serving_pids(uio.values())
     luns = _lio.luns()
     return sorted(
         (
@@ -114,7 +114,7 @@ def detach(name: str, *, force: bool, within: float) -> None:
 def _end_server(uio: _sysfs.UioDevice, backstore: _lio.Backstore, *, force: bool, within: float) -> bool:
     """Ends the process that serves a device. Returns whether the device is gone, False if it was left
     behind."""
-    pid = _sysfs.serving_pids().get(uio.minor)
+    pid = _sysfs.serving_pids([uio]).get(uio.minor)
     if pid is None:
         _check_unserved(uio)
         return False
@@ -124,7 +124,7 @@ def _end_server(uio: _sysfs.UioDevice, backstore: _lio.Backstore, *, force: bool
     except ProcessLookupError:
         return False
     try:
-        served = [minor for minor, server in _sysfs.serving_pids().items() if server == pid]
+        served = [minor for minor, server in _sysfs.serving_pids(_sysfs.scan()).items() if server == pid]
         if uio.minor not in served:
             return False
         if not force:

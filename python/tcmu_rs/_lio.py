@@ -667,6 +667,14 @@ def loopback_address(lun: Path) -> str | None:
 
 
 @_own_errors
+def block(backstore: Backstore) -> None:
+    """Has the kernel answer "busy" for a device, until it is served again or gone. One that is gone already is
+    fine."""
+    with suppress(FileNotFoundError):
+        _write(backstore.path / "action/block_dev", "1")
+
+
+@_own_errors
 def fail_commands(backstore: Backstore, stop: threading.Event) -> None:
     """Fails the commands of a device that nobody serves, until told to stop, so that nothing waits for them.
 

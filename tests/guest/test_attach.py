@@ -218,6 +218,8 @@ async def test_a_lun_of_another_program_keeps_the_backstore() -> None:
             backstore = _lio.Backstore(device.name, device.hba, device.wwn)
             other = await trio.to_thread.run_sync(_lio.expose_iscsi, backstore, "iqn.2026-01.org.example:other")
             nursery.cancel_scope.cancel()
+    (listed,) = await trio.to_thread.run_sync(_devices.devices)
+    assert (listed.state, listed.fabrics) == ("blocked", ("iscsi",))
     _lio.withdraw(other)
     _lio.remove_backstore(backstore)
 
