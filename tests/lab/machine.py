@@ -56,6 +56,8 @@ _COMMAND_LINE = (
     # A busy host stalls the virtual CPUs, which is no fault of the guest.
     "nowatchdog",
     "rcupdate.rcu_cpu_stall_timeout=120",
+    # Both are dear under emulation, and protect users of the guest from each other: there is one.
+    "init_on_alloc=0",
     "mitigations=off",
     # Otherwise the kernel doubts the emulated counter and asks the HPET: a clock reading costs twice as much.
     "tsc=reliable",
@@ -546,7 +548,7 @@ def _escaped(path: Path) -> str:
 
 
 def _tail(text: str) -> str:
-    """The last lines of a kernel log since the job started; all since the first fault: they may follow from it."""
+    """The last lines of a kernel log since the job started, and all of it since its first fault."""
     lines = text.partition(_JOB_STARTS)[2].splitlines() or text.splitlines()
     end = max(len(lines) - _TAIL_LINES, 0)
     first = next((number for number, line in enumerate(lines) if _FAULT.search(line)), end)
