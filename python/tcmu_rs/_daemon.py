@@ -47,8 +47,8 @@ class _Service:
         """Tells initiators that the device is busy, until somebody serves it again."""
         # Not when the kernel removes it: configfs below its HBA waits for our answer then, and we would for it.
         if not self.removed:
-            with suppress(OSError):
-                (_lio.Backstore(self.uio.name, self.uio.hba, "").path / "action/block_dev").write_text("1")
+            with suppress(OSError, _lio.LioError):
+                _lio.block(_lio.Backstore(self.uio.name, self.uio.hba, ""))
 
 
 class Daemon:
