@@ -97,9 +97,9 @@ async def attach(
 
     Args:
         handler: What serves the disk. It is opened and closed here.
-        name: Name of the device; derived from `spec` or the handler's class if None. spec: `HANDLER:CONFIG`,
-            which the kernel keeps and `tcmu-rs list` shows. It is a label here, nothing is opened by it.
-            Never put a secret into it.
+        name: Name of the device; derived from `spec` or the handler's class if None.
+        spec: `HANDLER:CONFIG`, which the kernel keeps and `tcmu-rs list` shows. It is a label here, nothing is opened
+            by it. Never put a secret into it.
         fabric: `loopback` for a disk of this machine, `iscsi` for a target of its own, `none` for a backstore
             only.
         wwn: Unit serial number, a UUID; computed from name and spec if None, and so the same each time.
@@ -109,10 +109,10 @@ async def attach(
         max_sectors: Largest transfer that initiators are told, in blocks.
         data_area_mb: Memory that commands in flight may fill, MiB.
         cmd_time_out: Seconds after which the kernel fails a command that was not answered; 0 means never.
-        strict: Let a bug in the handler end the device instead of one command. ready_within: Seconds that the
-            disk may take to become usable. grace: Seconds that writing back and taking away may take with the
-            handler's help. Afterwards, commands in flight are cancelled and what the kernel still held in
-            memory is lost.
+        strict: Let a bug in the handler end the device instead of one command.
+        ready_within: Seconds that the disk may take to become usable.
+        grace: Seconds that writing back and taking away may take with the handler's help. Afterwards, commands in
+            flight are cancelled and what the kernel still held in memory is lost.
 
     Yields:
         The device.
@@ -180,8 +180,7 @@ async def serve(
     strict: bool = False,
     task_status: trio.TaskStatus[AttachedDevice] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Creates backstore `name` and serves it until cancelled. LUNs are made by others, with targetcli for
-    instance.
+    """Creates backstore `name` and serves it until cancelled; others make LUNs of it, with targetcli for instance.
 
     Args:
         handler: What serves the device. It is opened and closed here.
@@ -261,8 +260,7 @@ class _Service:
                 _log.error("%s: commands wait for their time-out: %s", self._device.name, error)
 
     async def expose(self, how: Callable[[], _lio.Exposure]) -> None:
-        """Makes the LUN. Once begun it is finished, also when cancelled: `take_down` must know what there
-        is."""
+        """Makes the LUN; finished once begun, also when cancelled: `take_down` must know what there is."""
         self._no_lun.clear()
         try:
             self._exposure = await _blocking(how)
@@ -273,6 +271,12 @@ class _Service:
 
     async def take_down(self) -> None:
         """Removes the LUN with the server's help, then ends the server. The caller shields it."""
+        try:
+            await self._take_down_lun()
+        finally:
+            self._server_scope.cancel()
+
+    async def _take_down_lun(self) -> None:
         async with trio.open_nursery() as nursery:
             withdrawn = trio.Event()
             nursery.start_soon(self._withdraw, withdrawn)
@@ -283,7 +287,8 @@ class _Service:
                 await _blocking(_lio.block, self._backstore)
             else:
                 _log.warning("%s: not idle in time, its commands are cancelled", self._device.name)
-            self._server_scope.cancel()
+                # With them, whatever the removal of the LUN waits for.
+                self._server_scope.cancel()
 
     async def _withdraw(self, withdrawn: trio.Event) -> None:
         try:
@@ -309,8 +314,10 @@ async def _opened(handler: Handler, grace: float) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        with trio.move_on_after(grace, shield=True):
+        with trio.move_on_after(grace, shield=True) as patience:
             await handler.__aexit__(*sys.exc_info())
+        if patience.cancelled_caught:
+            _log.error("%s: closing took longer than %g s and was given up", _class_name(handler), grace)
 
 
 async def _blocking(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:

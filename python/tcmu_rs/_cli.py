@@ -49,8 +49,7 @@ def _key_value(text: str) -> tuple[str, str]:
 
 
 class _Commands(click.Group):
-    """Says in one line what went wrong: `error: what (remedy)`. Exit code 1, or 2 for a wrong command
-    line."""
+    """Says what went wrong in one line, `error: what (remedy)`; exit code 1, or 2 for a wrong usage."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs a command and exits."""

@@ -25,9 +25,9 @@ class Device:
         config: The rest, without escapes.
         size: Bytes.
         fabrics: Fabrics that offer it, whoever made the LUNs.
-        pid: Process that serves it; None if there is none, or if the caller may not see it. state: `serving`;
-            `unserved`: its process is gone; `blocked`: the kernel answers "busy" for it; `incomplete`: never
-            enabled; `unknown`: only root can tell.
+        pid: Process that serves it; None if there is none, or if the caller may not see it.
+        state: `serving`; `unserved`: its process is gone; `blocked`: the kernel answers "busy" for it; `incomplete`:
+            never enabled; `unknown`: only root can tell.
         configfs: The backstore's directory.
     """
 
@@ -92,8 +92,9 @@ def detach(name: str, *, force: bool, within: float) -> None:
     """Takes a device away: has its process end, or removes what a dead process left.
 
     Args:
-        name: Name of the backstore. force: Do it although the disk is in use, or although a program serves it
-            that is not `tcmu-rs attach`, or that serves other devices too. That program ends.
+        name: Name of the backstore.
+        force: Do it although the disk is in use, or although a program serves it that is not `tcmu-rs attach` or
+            serves other devices too. That program ends.
         within: Seconds that the process may take.
 
     Raises:
@@ -112,8 +113,7 @@ def detach(name: str, *, force: bool, within: float) -> None:
 
 
 def _end_server(uio: _sysfs.UioDevice, backstore: _lio.Backstore, *, force: bool, within: float) -> bool:
-    """Ends the process that serves a device. Returns whether the device is gone, False if it was left
-    behind."""
+    """Ends the process that serves a device. Returns whether the device went with it."""
     pid = _sysfs.serving_pids([uio]).get(uio.minor)
     if pid is None:
         _check_unserved(uio)

@@ -16,8 +16,7 @@ GROUP = "tcmu_rs.handlers"
 
 
 class RegistryError(LookupError):
-    """A handler cannot be had: no such name, several providers of it, or its import fails. The text says
-    which."""
+    """A handler cannot be had: nobody offers it, several do, or its import fails. The text says which."""
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -195,6 +195,31 @@ async def test_a_disk_that_cannot_be_read_is_not_usable_and_goes() -> None:
             pass
 
 
+@pytest.mark.parametrize("step", ["withdraw", "block"])
+async def test_a_failure_to_take_down_is_raised(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = getattr(_lio, step)
+
+    def failing(subject: object) -> None:
+        real(subject)
+        raise _lio.LioError("as told")
+
+    monkeypatch.setattr(_lio, step, failing)
+    with trio.fail_after(20), pytest.RaisesGroup(_lio.LioError, flatten_subgroups=True):
+        async with attach(RamHandler(SIZE), "disk"):
+            pass
+
+
+async def test_a_handler_that_does_not_close_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    class Open(RamHandler):
+        async def aclose(self) -> None:
+            await trio.sleep_forever()
+
+    with trio.fail_after(20):
+        async with attach(Open(SIZE), "disk", fabric="none", grace=0.5):
+            pass
+    assert "closing took longer than 0.5 s" in caplog.text
+
+
 async def test_removal_by_another_program_ends_the_block() -> None:
     with pytest.RaisesGroup(tcmu_rs.DeviceRemovedError, flatten_subgroups=True):
         async with attach(RamHandler(SIZE), "disk", fabric="none") as device:
