@@ -164,7 +164,10 @@ impl Kernel {
         if !(config.ring_size as usize).is_multiple_of(page) || config.ring_size < 4096 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "ring_size must be a multiple of 4096"));
         }
-        if !config.block_size.is_multiple_of(page) || config.block_size == 0 || config.data_size < config.block_size {
+        if !config.block_size.is_multiple_of(page)
+            || config.block_size == 0
+            || config.data_size < config.block_size
+        {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "block_size must be a multiple of 4096"));
         }
         let size = config.ring_size as usize + config.data_size;
@@ -247,6 +250,12 @@ impl Kernel {
     pub fn outstanding(&self) -> usize {
         self.commands.values().filter(|command| !command.kept && !command.expired).count()
             + self.waiting.len()
+    }
+
+    /// The command that has this id now, if one has.
+    #[must_use]
+    pub fn ticket(&self, id: u16) -> Option<Ticket> {
+        self.commands.get(&id).map(|command| command.ticket)
     }
 
     /// Buffers that were kept with `TCMU_UFLAG_KEEP_BUF` and not freed.
@@ -463,10 +472,9 @@ impl Kernel {
             let told = uflags & abi::UFLAG_READ_LEN != 0 && read_len > 0 && command.bidi_in.is_none();
             let length = match status {
                 _ if uflags & abi::UFLAG_UNKNOWN_OP != 0 => 0,
-                0x00 if told => read_len.min(room),
-                0x00 => room,
-                0x02 if told => read_len.min(room),
-                _ => 0,
+                _ if told => read_len.min(room),
+                0x02 => 0,
+                _ => room,
             };
             data_in.resize(length, 0);
             input.read(0, &mut data_in);
@@ -476,6 +484,10 @@ impl Kernel {
             && let Some(at) = find_poison(&data_in)
         {
             self.violations.push(format!("byte {at} of the Data-In of cmd_id {id} was never written"));
+        }
+        // The bytes are in the initiator's memory with BUSY, too, but a driver does not look at them.
+        if !matches!(status, 0x00 | 0x02) {
+            data_in.clear();
         }
         if !kept && let Some(command) = self.commands.remove(&id) {
             self.free(id, &command);
@@ -603,10 +615,14 @@ impl Kernel {
                     done += extent.length;
                 }
                 let input = if reads { &data } else { &bidi_data };
-                let mut pattern = POISON.iter().copied().cycle();
-                for extent in input.iter().filter(|_| poison) {
-                    let bytes: Vec<u8> = pattern.by_ref().take(extent.length).collect();
-                    mapping.write(extent.offset, &bytes)?;
+                if poison {
+                    let length: usize = input.iter().map(|extent| extent.length).sum();
+                    let pattern = POISON.repeat(length.div_ceil(POISON.len()));
+                    let mut done = 0;
+                    for extent in input {
+                        mapping.write(extent.offset, &pattern[done..done + extent.length])?;
+                        done += extent.length;
+                    }
                 }
                 Ok(())
             }),
