@@ -15,7 +15,7 @@ from typing import TypeVar
 import pytest
 
 from tcmu_rs import _lio, _sysfs
-from tcmu_rs._netlink import DeviceEvents
+from tcmu_rs._native import NetlinkSocket
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def wait_for(condition: Callable[[], T | None]) -> T:
 def no_replies() -> Iterator[None]:
     # The switch outlives the daemon that set it, and a device without a daemon would wait for ever.
     yield
-    events = DeviceEvents()
+    events = NetlinkSocket()
     events.set_features(False)
     events.close()
 
