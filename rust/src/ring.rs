@@ -41,6 +41,7 @@ use crate::mapping::{Mapping, OutOfBounds};
 use crate::scsi::DataBuffer;
 
 pub mod lease;
+pub mod parking;
 pub mod sim;
 
 /// What ends a ring.
