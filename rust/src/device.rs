@@ -18,7 +18,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -168,6 +168,7 @@ impl Device {
                         filled: AtomicBool::new(false),
                         data_out: AtomicBool::new(false),
                         answered: AtomicBool::new(false),
+                        outlived_by: AtomicUsize::new(0),
                         task: Mutex::new(None),
                     });
                     if intercept || self.unit.is_none() {
@@ -303,6 +304,8 @@ pub struct Claim {
     /// The main buffer is known to hold Data-Out.
     data_out: AtomicBool,
     answered: AtomicBool,
+    /// Views that were left at the answer.
+    outlived_by: AtomicUsize,
     task: Mutex<Option<Task>>,
 }
 
@@ -335,6 +338,12 @@ impl Claim {
     #[must_use]
     pub fn is_answered(&self) -> bool {
         self.answered.load(Ordering::Acquire)
+    }
+
+    /// Views that were left when the command was answered, by whatever way that came about.
+    #[must_use]
+    pub fn outlived_by(&self) -> usize {
+        self.outlived_by.load(Ordering::Relaxed)
     }
 
     /// Lets the emulation look at the command. Returns the step for the handler, or `None` if it is answered.
@@ -424,7 +433,11 @@ impl Claim {
             Closed::Lent { views } => (Ok(Answered::Held { views }), Some(response)),
             Closed::Free | Closed::Already => (complete(response).map(|()| Answered::Sent), None),
         });
-        Ok(answered?)
+        let answered = answered?;
+        if let Answered::Kept { views } | Answered::Held { views } = answered {
+            self.outlived_by.store(views, Ordering::Relaxed);
+        }
+        Ok(answered)
     }
 
     fn response(&self, reply: Reply) -> Response {

@@ -10,7 +10,7 @@ use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
 
 use super::iovec::IoVec;
 use super::unit::LogicalUnit;
-use crate::device::{Answered, Claim, Device, DeviceError, Work};
+use crate::device::{Claim, Device, DeviceError, Work};
 use crate::mapping::Mapping;
 use crate::scsi::sense::{Sense, SenseKey};
 use crate::scsi::{DataBuffer, Reply, Status, Step, StepBuffer, Verb};
@@ -142,7 +142,6 @@ impl Ring {
             step: Mutex::new(step),
             scratch: Mutex::new(None),
             fills_reads: self.fills_reads,
-            lent: Mutex::new(None),
         };
         Bound::new(py, command)
     }
@@ -155,7 +154,6 @@ pub struct Command {
     step: Mutex<Option<Step>>,
     scratch: Mutex<Option<Py<PyByteArray>>>,
     fills_reads: bool,
-    lent: Mutex<Option<Answered>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -171,7 +169,7 @@ impl Command {
 
     fn answer(&self, reply: Reply) -> PyResult<()> {
         self.set(None);
-        *lock(&self.lent) = Some(self.claim.answer(reply)?);
+        self.claim.answer(reply)?;
         Ok(())
     }
 
@@ -311,9 +309,6 @@ impl Command {
     /// Views that were left when the command was answered: memory that cannot be used again yet.
     #[getter]
     fn lent(&self) -> usize {
-        match *lock(&self.lent) {
-            Some(Answered::Kept { views } | Answered::Held { views }) => views,
-            _ => 0,
-        }
+        self.claim.outlived_by()
     }
 }
