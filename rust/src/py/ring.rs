@@ -297,6 +297,10 @@ impl Command {
     #[pyo3(signature = (data_in = None))]
     fn succeed(&self, data_in: Option<usize>) -> PyResult<()> {
         let whole = if self.claim.is_filled() { self.claim.data_in().len() } else { 0 };
+        // Bytes that are said to be valid and were never written: zeroes, and not what the memory held before.
+        if data_in > Some(0) {
+            self.claim.zero_unless_filled();
+        }
         self.answer(Reply::good(data_in.unwrap_or(whole)))
     }
 
