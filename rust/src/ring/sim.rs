@@ -164,7 +164,10 @@ impl Kernel {
         if !(config.ring_size as usize).is_multiple_of(page) || config.ring_size < 4096 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "ring_size must be a multiple of 4096"));
         }
-        if !config.block_size.is_multiple_of(page) || config.block_size == 0 || config.data_size < config.block_size {
+        if !config.block_size.is_multiple_of(page)
+            || config.block_size == 0
+            || config.data_size < config.block_size
+        {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "block_size must be a multiple of 4096"));
         }
         let size = config.ring_size as usize + config.data_size;

@@ -112,8 +112,9 @@ impl LogicalUnit {
     /// bytes are, there is an answer, and steps are in range and inside the buffer.
     ///
     /// **Lengths.** A buffer longer than the transfer is used as far as the CDB says. A READ or WRITE whose buffer is
-    /// shorter is refused before anything is done (INVALID FIELD IN CDB at the transfer length): TCMU has no way to
-    /// report the overflow, and half a transfer must not look like a whole one. Other Data-In is truncated to the
+    /// shorter is refused before anything is done (INVALID FIELD IN COMMAND INFORMATION UNIT, the answer that FCP-4
+    /// has for it: the CDB is right, the length beside it is not): TCMU has no way to report the overflow, and half a
+    /// transfer must not look like a whole one. Other Data-In is truncated to the
     /// allocation length and the buffer; a parameter list that the buffer does not hold is a PARAMETER LIST LENGTH
     /// ERROR.
     pub fn start(&self, cdb: &[u8], buffer: &dyn DataBuffer) -> Next {

@@ -137,6 +137,7 @@ impl Sense {
         PARAMETER_LIST_LENGTH_ERROR = IllegalRequest, 0x1a, 0x00;
         INVALID_OPCODE = IllegalRequest, 0x20, 0x00;
         LBA_OUT_OF_RANGE = IllegalRequest, 0x21, 0x00;
+        INVALID_FIELD_IN_INFORMATION_UNIT = IllegalRequest, 0x0e, 0x03;
         INVALID_FIELD_IN_CDB = IllegalRequest, 0x24, 0x00;
         INVALID_FIELD_IN_PARAMETER_LIST = IllegalRequest, 0x26, 0x00;
         SAVING_PARAMETERS_NOT_SUPPORTED = IllegalRequest, 0x39, 0x00;

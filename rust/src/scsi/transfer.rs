@@ -91,7 +91,7 @@ impl Transfer {
         let block_size = u64::from(lu.geometry().block_size);
         let length = usize::try_from(extent.blocks * block_size).map_err(|_| too_long())?;
         if length > buffer.len() {
-            return Err(too_long());
+            return Err(Sense::INVALID_FIELD_IN_INFORMATION_UNIT);
         }
         Ok(Self { offset: ByteOffset(extent.first * block_size), length, force_unit_access })
     }
