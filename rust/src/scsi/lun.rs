@@ -1,8 +1,11 @@
 //! The logical unit: what it is, its state, and the way of a command through it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::cdb::Cdb;
+use super::job::Job;
+use super::opcodes::Readiness;
 use super::sense::{SENSE_BYTES, SenseFormat};
 use super::{Capabilities, DataBuffer, Geometry, Identity, Next, Reply, Sense, opcodes};
 
@@ -87,6 +90,7 @@ pub struct LogicalUnit {
     write_cache: AtomicBool,
     descriptor_sense: AtomicBool,
     stopped: AtomicBool,
+    job: Arc<Job>,
 }
 
 impl LogicalUnit {
@@ -99,12 +103,13 @@ impl LogicalUnit {
         let blocks = geometry.blocks_of(geometry.size)?;
         Ok(Self {
             identity,
-            geometry,
+            geometry: geometry.normalized(),
             capabilities: capabilities.normalized(),
             blocks: AtomicU64::new(blocks),
             write_cache: AtomicBool::new(true),
             descriptor_sense: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
+            job: Arc::default(),
         })
     }
 
@@ -125,15 +130,26 @@ impl LogicalUnit {
 
     /// The checks that every command has: it exists, may write, is well-formed, finds the unit ready.
     fn admit(&self, cdb: &[u8]) -> Result<&'static opcodes::Command, Sense> {
-        let command = opcodes::find(cdb, &self.capabilities)?;
+        let command = opcodes::find(cdb, self)?;
         if command.writes() && !self.capabilities.write {
             return Err(Sense::WRITE_PROTECTED);
         }
-        command.validate(cdb, &self.capabilities)?;
-        if command.needs_medium() && self.is_stopped() {
-            return Err(Sense::LOGICAL_UNIT_NOT_READY_INITIALIZING_COMMAND_REQUIRED);
-        }
-        Ok(command)
+        command.validate(cdb, self)?;
+        self.check_ready(command.readiness()).map(|()| command)
+    }
+
+    fn check_ready(&self, needed: Readiness) -> Result<(), Sense> {
+        let stopped = || match self.is_stopped() {
+            true => Some(Sense::LOGICAL_UNIT_NOT_READY_INITIALIZING_COMMAND_REQUIRED),
+            false => None,
+        };
+        let obstacle = match needed {
+            Readiness::Always => None,
+            Readiness::Idle => self.job.running(),
+            Readiness::Started => self.job.running().or_else(stopped),
+            Readiness::Medium => self.job.condition().or_else(stopped),
+        };
+        obstacle.map_or(Ok(()), Err)
     }
 
     /// Sense data on the wire, in the format that D_SENSE chooses, and its length.
@@ -207,6 +223,10 @@ impl LogicalUnit {
 
     pub(super) fn set_stopped(&self, stopped: bool) {
         self.stopped.store(stopped, Ordering::Release);
+    }
+
+    pub(super) const fn job(&self) -> &Arc<Job> {
+        &self.job
     }
 
     pub(super) fn blocks(&self) -> u64 {

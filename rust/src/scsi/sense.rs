@@ -130,9 +130,12 @@ impl Sense {
         LOGICAL_UNIT_NOT_READY_INITIALIZING_COMMAND_REQUIRED = NotReady, 0x04, 0x02;
         LOGICAL_UNIT_NOT_READY_MANUAL_INTERVENTION_REQUIRED = NotReady, 0x04, 0x03;
         LOGICAL_UNIT_NOT_READY_FORMAT_IN_PROGRESS = NotReady, 0x04, 0x04;
+        LOGICAL_UNIT_NOT_READY_SANITIZE_IN_PROGRESS = NotReady, 0x04, 0x1b;
         MEDIUM_NOT_PRESENT = NotReady, 0x3a, 0x00;
         WRITE_ERROR = MediumError, 0x0c, 0x00;
         UNRECOVERED_READ = MediumError, 0x11, 0x00;
+        FORMAT_COMMAND_FAILED = MediumError, 0x31, 0x01;
+        SANITIZE_COMMAND_FAILED = MediumError, 0x31, 0x03;
         INTERNAL_TARGET_FAILURE = HardwareError, 0x44, 0x00;
         PARAMETER_LIST_LENGTH_ERROR = IllegalRequest, 0x1a, 0x00;
         INVALID_OPCODE = IllegalRequest, 0x20, 0x00;

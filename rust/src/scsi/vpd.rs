@@ -54,7 +54,7 @@ fn block_limits(lu: &LogicalUnit) -> Vec<u8> {
     let geometry = lu.geometry();
     let mut body = vec![0; 0x3c];
     let mut put = |at: usize, bytes: &[u8]| body[at - 4..at - 4 + bytes.len()].copy_from_slice(bytes);
-    put(4, &[WSNZ]);
+    put(4, &[WSNZ, geometry.max_compare_blocks]);
     put(6, &geometry.optimal_transfer_granularity_blocks.to_be_bytes());
     put(8, &geometry.max_transfer_blocks.to_be_bytes());
     put(12, &geometry.optimal_transfer_blocks.to_be_bytes());
@@ -68,13 +68,20 @@ fn block_limits(lu: &LogicalUnit) -> Vec<u8> {
         put(32, &(UGAVALID | alignment).to_be_bytes());
     }
     put(36, &geometry.max_write_same_blocks.to_be_bytes());
+    // Alignment and granularity: any; no boundaries inside.
+    put(44, &geometry.max_atomic_write_blocks.to_be_bytes());
     body
 }
 
 fn block_device_characteristics(lu: &LogicalUnit) -> Vec<u8> {
     const NOT_REPORTED: u8 = 0;
     const NON_ROTATING: u8 = 1;
+    // Blocks that SANITIZE has erased can be read without writing them first.
+    const WABEREQ_READS: u8 = 0x40;
     let mut body = vec![0; 0x3c];
+    if lu.capabilities().discard {
+        body[3] = WABEREQ_READS;
+    }
     body[1] = if lu.geometry().rotational { NOT_REPORTED } else { NON_ROTATING };
     body
 }

@@ -119,12 +119,14 @@ fn block_limits() {
         max_discard_blocks: 0x0012_3456,
         max_discard_descriptors: 77,
         max_write_same_blocks: 0x1_0000_0001,
+        max_compare_blocks: 100,
+        max_atomic_write_blocks: 3,
         ..Geometry::new(512, 1 << 30)
     };
     let data = page(&mut Disk::with(geometry.clone(), ALL), 0xb0);
     assert_eq!(data.len(), 64);
     assert_eq!(data[4], 0x01, "WSNZ");
-    assert_eq!(data[5], 0, "MAXIMUM COMPARE AND WRITE LENGTH");
+    assert_eq!(data[5], 100, "MAXIMUM COMPARE AND WRITE LENGTH");
     assert_eq!(data[6..8], [0, 8], "OPTIMAL TRANSFER LENGTH GRANULARITY");
     assert_eq!(u32_at(&data, 8), 1024, "MAXIMUM TRANSFER LENGTH");
     assert_eq!(u32_at(&data, 12), 128, "OPTIMAL TRANSFER LENGTH");
@@ -134,7 +136,8 @@ fn block_limits() {
     assert_eq!(u32_at(&data, 28), 128, "OPTIMAL UNMAP GRANULARITY");
     assert_eq!(u32_at(&data, 32), 1 << 31 | 8, "UGAVALID, UNMAP GRANULARITY ALIGNMENT");
     assert_eq!(data[36..44], 0x1_0000_0001u64.to_be_bytes(), "MAXIMUM WRITE SAME LENGTH");
-    assert_eq!(data[44..], [0; 20], "no atomic writes");
+    assert_eq!(u32_at(&data, 44), 3, "MAXIMUM ATOMIC TRANSFER LENGTH");
+    assert_eq!(data[48..], [0; 16], "any alignment and granularity, no boundaries");
 
     let none = Capabilities { discard: false, ..ALL };
     assert_eq!(page(&mut Disk::with(geometry, none), 0xb0)[20..36], [0; 16]);
@@ -145,6 +148,7 @@ fn block_device_characteristics() {
     let data = page(&mut Disk::new(8, ALL), 0xb1);
     assert_eq!(data.len(), 64);
     assert_eq!(data[4..6], [0, 1], "MEDIUM ROTATION RATE: none");
+    assert_eq!(data[7], 0x40, "WABEREQ: erased blocks can be read");
     let rotational = Geometry { rotational: true, ..Geometry::new(512, 1 << 20) };
     assert_eq!(page(&mut Disk::with(rotational, ALL), 0xb1)[4..6], [0, 0]);
 }

@@ -86,7 +86,7 @@ fn the_largest_addresses() {
     let buffer = Buffer::stale(8192);
     let offset = |cdb: &[u8]| match lu.start(cdb, &buffer) {
         Next::Call(step, _) => step.offset.0 / 4096,
-        Next::Done(reply) => panic!("{reply:?}"),
+        other => panic!("{other:?}"),
     };
     assert_eq!(offset(&six(0x08, 0x1f_ffff, 1)), 0x1f_ffff);
     assert_eq!(offset(&ten(0x28, 0, u32::MAX, 2)), u32::MAX.into());
