@@ -155,6 +155,7 @@ class BlockHandler(Handler):
         physical_block_size: Bytes that the storage writes at once, for the initiator to align to.
         read_only: Refuse every change, `write` or not.
         rotational: Whether nearby blocks are cheaper than distant ones.
+        removable: Whether initiators may eject the disk, and load it again.
         native_fua: `write` has the keyword `fua`.
         fills_reads: `read` promises to have written every byte of `iov` if it returns. Without the promise the memory
             is zeroed before a view of it is taken.
@@ -171,6 +172,7 @@ class BlockHandler(Handler):
     physical_block_size: int | None = None
     read_only: bool = False
     rotational: bool = False
+    removable: bool = False
     native_fua: bool = False
     fills_reads: bool = False
     can_discard: bool = True

@@ -46,6 +46,7 @@ class LogicalUnit:
         write_zeroes: bool = False,
         extents: bool = False,
         max_atomic_write: int = 0,
+        removable: bool = False,
     ) -> LogicalUnit: ...
 
 @final

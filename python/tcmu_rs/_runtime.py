@@ -35,7 +35,7 @@ BATCH = 64
 """Entries taken from the ring at once; between batches other tasks run."""
 PENDING_LIMIT = 1024
 """Commands kept waiting for a worker; more stay in the ring."""
-STEPS = 16
+STEPS = 4
 """Steps of one command between two passes of the loop."""
 GRACE = 10.0
 """Seconds that commands in flight get when a device stops."""
@@ -305,7 +305,8 @@ class Device:
         verb = cmd.verb
         steps = 0
         if cmd.answered:
-            self._dirty = True
+            # IMMED: the initiator does not wait for what follows.
+            self._commit()
         try:
             while True:
                 call = self._calls.get(verb)
@@ -503,6 +504,7 @@ def unit_for(handler: BlockHandler, *, serial: str, naa: bytes) -> _native.Logic
         write_zeroes=has(handler, "write_zeroes"),
         extents=has(handler, "extents"),
         max_atomic_write=handler.max_atomic_write,
+        removable=handler.removable,
         vendor=identity.vendor,
         product=identity.product,
         revision=identity.revision,

@@ -26,6 +26,7 @@ impl LogicalUnit {
         *, size, block_size, vendor, product, revision, serial, naa, physical_block_size = None, rotational = false,
         discard_granularity = 0, writable = false, flush = false, native_fua = false, discard = false,
         discard_zeroes = false, write_zeroes = false, extents = false, max_atomic_write = 0,
+        removable = false,
     ))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)]
     fn new(
@@ -47,9 +48,11 @@ impl LogicalUnit {
         write_zeroes: bool,
         extents: bool,
         max_atomic_write: u64,
+        removable: bool,
     ) -> PyResult<Self> {
         let mut geometry = Geometry::new(block_size, size);
         geometry.rotational = rotational;
+        geometry.removable = removable;
         geometry.physical_block_size = physical_block_size.unwrap_or(block_size);
         geometry.discard_granularity = discard_granularity.max(block_size.into());
         let atomic_blocks =

@@ -41,6 +41,8 @@ pub struct Geometry {
     pub max_write_same_blocks: u64,
     /// Whether seeking costs time.
     pub rotational: bool,
+    /// Whether initiators may eject the medium, and load it again.
+    pub removable: bool,
 }
 
 impl Geometry {
@@ -64,6 +66,7 @@ impl Geometry {
             max_discard_descriptors: 256,
             max_write_same_blocks: blocks(256 << 20).into(),
             rotational: false,
+            removable: false,
         }
     }
 

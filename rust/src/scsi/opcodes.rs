@@ -5,8 +5,8 @@
 
 use super::cdb::{Cdb, invalid_field};
 use super::{
-    DataBuffer, LogicalUnit, Next, Sense, capacity, defects, format, inquiry, lba_status, luns, mode, modify,
-    power, ready, sanitize, supported, transfer, unmap, verify, write_same,
+    DataBuffer, LogicalUnit, Next, Sense, capacity, defects, format, inquiry, lba_status, log, luns, mode,
+    mode_select, modify, power, ready, sanitize, supported, transfer, unmap, verify, write_same,
 };
 
 /// Which way a command's data goes.
@@ -29,6 +29,8 @@ pub(super) enum Feature {
     DiscardZeroes,
     /// Writes that are whole or not done, whatever happens.
     AtomicWrite,
+    /// A medium that can be ejected.
+    Removable,
 }
 
 impl Feature {
@@ -37,6 +39,7 @@ impl Feature {
             Self::Discard => lu.capabilities().discard,
             Self::DiscardZeroes => lu.capabilities().discard_zeroes,
             Self::AtomicWrite => lu.geometry().max_atomic_write_blocks > 0,
+            Self::Removable => lu.geometry().removable,
         }
     }
 }
@@ -46,9 +49,11 @@ impl Feature {
 pub(super) enum Readiness {
     /// Any.
     Always,
+    /// There is a medium.
+    Loaded,
     /// No FORMAT UNIT and no SANITIZE runs.
     Idle,
-    /// The same, and the unit is not stopped.
+    /// The same, there is a medium, and the unit is not stopped.
     Started,
     /// The same, and the last FORMAT UNIT or SANITIZE did not fail.
     Medium,
@@ -69,6 +74,7 @@ pub struct Command {
     direction: Direction,
     readiness: Readiness,
     writes: bool,
+    kernel: bool,
     needs: Option<Feature>,
     /// Bits of a byte of `usage` that are reserved without this feature.
     optional: Option<(usize, u8, Feature)>,
@@ -84,6 +90,7 @@ impl Command {
             direction,
             readiness: Readiness::Always,
             writes: false,
+            kernel: false,
             needs: None,
             optional: None,
             run,
@@ -111,6 +118,12 @@ impl Command {
     const fn writing(mut self) -> Self {
         self.writes = true;
         self.on_medium()
+    }
+
+    /// The kernel's target core answers before the unit sees the command: it is listed, and nothing more. Where the
+    /// kernel is told not to (`pgr_support`, `emulate_pr`), it is an invalid command.
+    const fn by_kernel(name: &'static str, direction: Direction, usage: &'static [u8]) -> Self {
+        Self { kernel: true, ..Self::new(name, direction, usage, |_, _, _| Err(Sense::INVALID_OPCODE)) }
     }
 
     const fn needing(mut self, feature: Feature) -> Self {
@@ -151,6 +164,12 @@ impl Command {
 
     pub(super) const fn readiness(&self) -> Readiness {
         self.readiness
+    }
+
+    /// Whether it may be answered with a unit attention instead (SAM-5): INQUIRY and REPORT LUNS never are, and REQUEST
+    /// SENSE has it as its data.
+    pub(super) const fn reports_attention(&self) -> bool {
+        !matches!(self.opcode(), 0x03 | 0x12 | 0xa0)
     }
 
     pub(super) const fn writes(&self) -> bool {
@@ -227,7 +246,7 @@ pub(super) fn with_opcode(opcode: u8, lu: &LogicalUnit) -> impl Iterator<Item = 
 /// INVALID COMMAND OPERATION CODE or INVALID FIELD IN CDB.
 pub fn find(cdb: &[u8], lu: &LogicalUnit) -> Result<&'static Command, Sense> {
     let &opcode = cdb.first().ok_or(Sense::INVALID_OPCODE)?;
-    let mut rows = with_opcode(opcode, lu);
+    let mut rows = with_opcode(opcode, lu).filter(|row| !row.kernel);
     let first = rows.clone().next().ok_or(Sense::INVALID_OPCODE.at_cdb(0, 7))?;
     if first.service_action.is_none() {
         return Ok(first);
@@ -254,10 +273,17 @@ static TABLE: &[Command] = &[
     Command::new("WRITE(6)", Out, &[0x0a, 0x1f, 0xff, 0xff, 0xff, 0], transfer::write::<6>)
         .writing(),
     Command::new("INQUIRY", In, &[0x12, 0x01, 0xff, 0xff, 0xff, 0], inquiry::inquiry),
-    Command::new("MODE SENSE(6)", In, &[0x1a, 0x08, 0xff, 0xff, 0xff, 0], mode::mode_sense_6),
-    Command::new("START STOP UNIT", NoData, &[0x1b, 0x01, 0, 0, 0xf5, 0], power::start_stop_unit)
+    Command::new("MODE SELECT(6)", Out, &[0x15, 0x11, 0, 0, 0xff, 0], mode_select::mode_select_6)
         .when(Readiness::Idle),
-    Command::new("READ CAPACITY(10)", In, &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], capacity::read_capacity_10),
+    Command::by_kernel("RESERVE(6)", NoData, &[0x16, 0, 0, 0, 0, 0]),
+    Command::by_kernel("RELEASE(6)", NoData, &[0x17, 0, 0, 0, 0, 0]),
+    Command::new("MODE SENSE(6)", In, &[0x1a, 0x08, 0xff, 0xff, 0xff, 0], mode::mode_sense_6),
+    Command::new("START STOP UNIT", NoData, &[0x1b, 0x01, 0, 0, 0xf7, 0], power::start_stop_unit)
+        .when(Readiness::Idle).with_optional(4, 0x02, Feature::Removable),
+    Command::new("PREVENT ALLOW MEDIUM REMOVAL", NoData, &[0x1e, 0, 0, 0, 0x03, 0], power::prevent_allow)
+        .needing(Feature::Removable),
+    Command::new("READ CAPACITY(10)", In, &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], capacity::read_capacity_10)
+        .when(Readiness::Loaded),
     Command::new("READ(10)", In,
         &[0x28, 0xfa, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], transfer::read::<10>)
         .on_medium(),
@@ -292,8 +318,48 @@ static TABLE: &[Command] = &[
     Command::new("SANITIZE, EXIT FAILURE MODE", NoData,
         &[0x48, 0xbf, 0, 0, 0, 0, 0, 0xff, 0xff, 0], sanitize::exit_failure_mode)
         .action(0x1f).writing().when(Readiness::Started),
+    Command::new("LOG SELECT", Out, &[0x4c, 0x03, 0xff, 0xff, 0, 0, 0, 0xff, 0xff, 0], log::log_select),
+    Command::new("LOG SENSE", In,
+        &[0x4d, 0x01, 0xff, 0xff, 0, 0xff, 0xff, 0xff, 0xff, 0], log::log_sense),
+    Command::new("MODE SELECT(10)", Out,
+        &[0x55, 0x11, 0, 0, 0, 0, 0, 0xff, 0xff, 0], mode_select::mode_select_10)
+        .when(Readiness::Idle),
+    Command::by_kernel("RESERVE(10)", NoData, &[0x56, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+    Command::by_kernel("RELEASE(10)", NoData, &[0x57, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
     Command::new("MODE SENSE(10)", In,
         &[0x5a, 0x18, 0xff, 0xff, 0, 0, 0, 0xff, 0xff, 0], mode::mode_sense_10),
+    Command::by_kernel("PERSISTENT RESERVE IN, READ KEYS", In, &[0x5e, 0x00, 0, 0, 0, 0, 0, 0xff, 0xff, 0])
+        .action(0x00),
+    Command::by_kernel("PERSISTENT RESERVE IN, READ RESERVATION", In, &[0x5e, 0x01, 0, 0, 0, 0, 0, 0xff, 0xff, 0])
+        .action(0x01),
+    Command::by_kernel("PERSISTENT RESERVE IN, REPORT CAPABILITIES", In, &[0x5e, 0x02, 0, 0, 0, 0, 0, 0xff, 0xff, 0])
+        .action(0x02),
+    Command::by_kernel("PERSISTENT RESERVE IN, READ FULL STATUS", In, &[0x5e, 0x03, 0, 0, 0, 0, 0, 0xff, 0xff, 0])
+        .action(0x03),
+    Command::by_kernel("PERSISTENT RESERVE OUT, REGISTER", Out,
+        &[0x5f, 0x00, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x00),
+    Command::by_kernel("PERSISTENT RESERVE OUT, RESERVE", Out,
+        &[0x5f, 0x01, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x01),
+    Command::by_kernel("PERSISTENT RESERVE OUT, RELEASE", Out,
+        &[0x5f, 0x02, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x02),
+    Command::by_kernel("PERSISTENT RESERVE OUT, CLEAR", Out,
+        &[0x5f, 0x03, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x03),
+    Command::by_kernel("PERSISTENT RESERVE OUT, PREEMPT", Out,
+        &[0x5f, 0x04, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x04),
+    Command::by_kernel("PERSISTENT RESERVE OUT, PREEMPT AND ABORT", Out,
+        &[0x5f, 0x05, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x05),
+    Command::by_kernel("PERSISTENT RESERVE OUT, REGISTER AND IGNORE EXISTING KEY", Out,
+        &[0x5f, 0x06, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x06),
+    Command::by_kernel("PERSISTENT RESERVE OUT, REGISTER AND MOVE", Out,
+        &[0x5f, 0x07, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x07),
     Command::new("READ(32)", In,
         &[0x7f, 0, 0, 0, 0, 0, 0, 0x18, 0, 0x09, 0xfa, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
           0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], transfer::read::<32>)
@@ -353,7 +419,7 @@ static TABLE: &[Command] = &[
         .writing().needing(Feature::AtomicWrite),
     Command::new("READ CAPACITY(16)", In,
         &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], capacity::read_capacity_16)
-        .action(0x10),
+        .action(0x10).when(Readiness::Loaded),
     Command::new("GET LBA STATUS", In,
         &[0x9e, 0x12, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
         lba_status::get_lba_status)

@@ -143,11 +143,13 @@ impl Sense {
         INVALID_FIELD_IN_INFORMATION_UNIT = IllegalRequest, 0x0e, 0x03;
         INVALID_FIELD_IN_CDB = IllegalRequest, 0x24, 0x00;
         INVALID_FIELD_IN_PARAMETER_LIST = IllegalRequest, 0x26, 0x00;
+        MEDIUM_REMOVAL_PREVENTED = IllegalRequest, 0x53, 0x02;
         SAVING_PARAMETERS_NOT_SUPPORTED = IllegalRequest, 0x39, 0x00;
         POWER_ON = UnitAttention, 0x29, 0x01;
         MODE_PARAMETERS_CHANGED = UnitAttention, 0x2a, 0x01;
         CAPACITY_DATA_HAS_CHANGED = UnitAttention, 0x2a, 0x09;
         WRITE_PROTECTED = DataProtect, 0x27, 0x00;
+        SOFTWARE_WRITE_PROTECTED = DataProtect, 0x27, 0x02;
         SPACE_ALLOCATION_FAILED = DataProtect, 0x27, 0x07;
         ABORTED_COMMAND = AbortedCommand, 0x00, 0x00;
         MISCOMPARE = Miscompare, 0x1d, 0x00;

@@ -33,8 +33,8 @@ pub(super) enum Stage {
     OrWrite(Box<OrWrite>),
     /// The handler has told its extents.
     LbaStatus(Box<LbaStatus>),
-    /// The cache is flushed, now the unit stops.
-    Stop,
+    /// The cache is flushed, now the unit stops, and ejects its medium if so asked.
+    Stop { eject: bool },
 }
 
 impl Step {
@@ -76,8 +76,8 @@ impl LogicalUnit {
             Stage::Compare(compare) => compare.advance(buffer, result),
             Stage::OrWrite(orwrite) => orwrite.advance(self, buffer, result),
             Stage::LbaStatus(status) => status.advance(self, buffer, result),
-            Stage::Stop => {
-                self.set_stopped(true);
+            Stage::Stop { eject } => {
+                self.start_or_stop(false, eject);
                 Next::Done(Reply::good(0))
             }
         }

@@ -162,6 +162,7 @@ pub(super) fn read<const N: usize>(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn 
     if length == 0 {
         return Ok(Next::Done(Reply::good(0)));
     }
+    lu.count_read(length);
     // SBC-4: a READ with FUA returns what is on the medium, so what the cache holds has to get there first.
     if force_unit_access && lu.has_write_cache() {
         return Ok(Next::Call(Step::FLUSH, Task(Stage::Read { offset, length })));
@@ -175,6 +176,7 @@ pub(super) fn write<const N: usize>(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn
     if length == 0 {
         return Ok(Next::Done(Reply::good(0)));
     }
+    lu.count_write(length);
     Ok(lu.durability(force_unit_access).write(offset, length as u64, StepBuffer::Command(0)))
 }
 

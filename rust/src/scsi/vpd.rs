@@ -1,17 +1,20 @@
 //! The vital product data pages of INQUIRY.
 
 use super::LogicalUnit;
+use super::sense::SENSE_BYTES;
 
 type Body = fn(&LogicalUnit) -> Vec<u8>;
 
 /// Page codes in ascending order, and what follows the header of four bytes. Page 00h is made from this list.
-const PAGES: [(u8, Body); 6] = [
+const PAGES: [(u8, Body); 8] = [
     (0x00, supported_pages),
     (0x80, unit_serial_number),
     (0x83, device_identification),
+    (0x86, extended_inquiry_data),
     (0xb0, block_limits),
     (0xb1, block_device_characteristics),
     (0xb2, logical_block_provisioning),
+    (0xb7, block_limits_extension),
 ];
 
 /// The whole page, header included; `None` if there is no such page.
@@ -45,6 +48,23 @@ fn device_identification(lu: &LogicalUnit) -> Vec<u8> {
         descriptors.extend(designator);
     }
     descriptors
+}
+
+/// No protection, simple task attributes only (the kernel does not pass others on), a volatile cache if there is one.
+fn extended_inquiry_data(lu: &LogicalUnit) -> Vec<u8> {
+    const SIMPSUP: u8 = 0x01;
+    const V_SUP: u8 = 0x01;
+    const MAXIMUM_SENSE_DATA_LENGTH: usize = 13 - 4;
+    let mut body = vec![0; 0x3c];
+    body[1] = SIMPSUP;
+    body[2] = if lu.capabilities().flush { V_SUP } else { 0 };
+    body[MAXIMUM_SENSE_DATA_LENGTH] = SENSE_BYTES as u8;
+    body
+}
+
+/// No streams, no scattered writes.
+fn block_limits_extension(_lu: &LogicalUnit) -> Vec<u8> {
+    vec![0; 0x3c]
 }
 
 /// Offsets in this page, as in SBC-4, count from the start of the page; `body` starts at its byte 4.

@@ -70,7 +70,7 @@ fn a_page_code_needs_evpd() {
 fn every_page_that_is_listed_is_there_and_no_other() {
     let mut disk = Disk::new(8, ALL);
     let listed = page(&mut disk, 0x00)[4..].to_vec();
-    assert_eq!(listed, [0x00, 0x80, 0x83, 0xb0, 0xb1, 0xb2]);
+    assert_eq!(listed, [0x00, 0x80, 0x83, 0x86, 0xb0, 0xb1, 0xb2, 0xb7]);
     for code in 0..=u8::MAX {
         if listed.contains(&code) {
             page(&mut disk, code);
@@ -141,6 +141,15 @@ fn block_limits() {
 
     let none = Capabilities { discard: false, ..ALL };
     assert_eq!(page(&mut Disk::with(geometry, none), 0xb0)[20..36], [0; 16]);
+}
+
+#[test]
+fn extended_inquiry_data() {
+    let data = page(&mut Disk::new(8, ALL), 0x86);
+    assert_eq!((data.len(), data[5], data[6], data[13]), (64, 0x01, 0x01, 96));
+    let without_cache = Capabilities { flush: false, ..ALL };
+    assert_eq!(page(&mut Disk::new(8, without_cache), 0x86)[6], 0);
+    assert_eq!(page(&mut Disk::new(8, ALL), 0xb7)[4..], [0; 60]);
 }
 
 #[test]

@@ -36,6 +36,13 @@ pub fn supported(disk: &mut Disk) -> Vec<(u8, Option<u16>, usize)> {
     descriptors.iter().map(parse).collect()
 }
 
+/// Those of them that get here: reservations are the kernel's, and only listed.
+fn dispatched(disk: &mut Disk) -> Vec<(u8, Option<u16>, usize)> {
+    let mut commands = supported(disk);
+    commands.retain(|command| !matches!(command.0, 0x16 | 0x17 | 0x56 | 0x57 | 0x5e | 0x5f));
+    commands
+}
+
 /// The usage data of a command.
 pub fn usage(disk: &mut Disk, opcode: u8, service_action: Option<u16>) -> Vec<u8> {
     let data = disk.read(&report(3, opcode, service_action.unwrap_or(0), 4096), 4096);
@@ -71,6 +78,7 @@ fn valid(opcode: u8, service_action: Option<u16>, length: usize) -> Vec<u8> {
     cdb[0] = opcode;
     set_action(&mut cdb, service_action);
     match opcode {
+        0x4c | 0x4d => cdb[2] = 0x40,
         0x48 if service_action == Some(1) => {
             cdb[8] = 8;
         }
@@ -87,7 +95,7 @@ fn valid(opcode: u8, service_action: Option<u16>, length: usize) -> Vec<u8> {
 #[test]
 fn every_listed_command_is_answered() {
     let mut disk = Disk::new(16, ALL);
-    for (opcode, action, length) in supported(&mut disk) {
+    for (opcode, action, length) in dispatched(&mut disk) {
         let reply = disk.write(&valid(opcode, action, length), &data_out(opcode));
         assert_good(reply);
         disk.command(&[0x1b, 0, 0, 0, 1, 0]);
@@ -125,13 +133,24 @@ fn an_unknown_service_action_is_an_invalid_field() {
 }
 
 #[test]
+fn reservations_are_listed_but_not_ours() {
+    let mut disk = Disk::new(16, ALL);
+    let (ours, all) = (dispatched(&mut disk), supported(&mut disk));
+    assert_eq!(all.len() - ours.len(), 4 + 4 + 8);
+    for (opcode, action, length) in all.into_iter().filter(|command| !ours.contains(command)) {
+        assert_eq!(usage(&mut disk, opcode, action)[0], opcode);
+        assert_check(disk.command(&valid(opcode, action, length)), Sense::INVALID_OPCODE);
+    }
+}
+
+#[test]
 fn every_reserved_bit_is_refused() {
     // In SCSI-2 the LUN was here; see `Command::validate`.
     let is_obsolete_lun = |length, byte, bit| length == 6 && byte == 1 && bit >= 5;
     let few = Capabilities { discard: false, ..ALL };
     for capabilities in [ALL, few] {
         let mut disk = Disk::new(16, capabilities);
-        for (opcode, action, length) in supported(&mut disk) {
+        for (opcode, action, length) in dispatched(&mut disk) {
             let usage = usage(&mut disk, opcode, action);
             assert_eq!((usage[0], usage.len()), (opcode, length));
             for (byte, bit) in (1..length).flat_map(|byte| (0..8).map(move |bit| (byte, bit))) {
@@ -157,7 +176,7 @@ fn every_reserved_bit_is_refused() {
 #[test]
 fn a_cdb_that_is_too_short_is_refused() {
     let mut disk = Disk::new(16, ALL);
-    for (opcode, action, length) in supported(&mut disk) {
+    for (opcode, action, length) in dispatched(&mut disk) {
         for short in 2..length {
             let reply = disk.write(&valid(opcode, action, length)[..short], &data_out(opcode));
             // Without its service action no command of variable length is known.
@@ -170,7 +189,7 @@ fn a_cdb_that_is_too_short_is_refused() {
 #[test]
 fn what_follows_the_cdb_is_ignored() {
     let mut disk = Disk::new(16, ALL);
-    for (opcode, action, length) in supported(&mut disk) {
+    for (opcode, action, length) in dispatched(&mut disk) {
         let mut cdb = valid(opcode, action, length);
         cdb.extend([0xff; 20]);
         assert_good(disk.write(&cdb, &data_out(opcode)));
@@ -182,7 +201,7 @@ fn what_follows_the_cdb_is_ignored() {
 fn the_list() {
     let names = |capabilities| {
         let mut disk = Disk::new(16, capabilities);
-        let list = supported(&mut disk);
+        let list = dispatched(&mut disk);
         assert!(list.is_sorted());
         list.into_iter()
             .map(|(opcode, action, length)| {
@@ -197,6 +216,7 @@ fn the_list() {
         "READ(6)",
         "WRITE(6)",
         "INQUIRY",
+        "MODE SELECT(6)",
         "MODE SENSE(6)",
         "START STOP UNIT",
         "READ CAPACITY(10)",
@@ -212,6 +232,9 @@ fn the_list() {
         "SANITIZE, OVERWRITE",
         "SANITIZE, BLOCK ERASE",
         "SANITIZE, EXIT FAILURE MODE",
+        "LOG SELECT",
+        "LOG SENSE",
+        "MODE SELECT(10)",
         "MODE SENSE(10)",
         "READ(32)",
         "VERIFY(32)",
