@@ -248,6 +248,9 @@ class Device:
                     await trio.lowlevel.cancel_shielded_checkpoint()
                     continue
                 self._commit()
+                waited = False
+                # Commands may have waited for those that are answered now.
+                continue
             waited = False
             if not self._pumping and len(self._pending) < PENDING_LIMIT:
                 await self._pump()
@@ -332,8 +335,9 @@ class Device:
                                 del self._scopes[cmd_id]
                     del coroutine
                 if verb is None:
-                    # Answered by now, or left to the emulation, which may want a step done.
-                    if cmd.answered:
+                    # Answered by now, or left to the emulation, which may want a step done, or waits for other
+                    # commands and hands this one out again.
+                    if cmd.verb is None:
                         break
                 elif not cmd.advance():
                     break
@@ -398,14 +402,17 @@ class Device:
             scope = self._scopes.get(cmd_id)
             if scope is not None:
                 scope.cancel()
-        waiting = [cmd for cmd in self._pending if cmd.id in ids]
+        waiting = [cmd for cmd in self._pending if cmd.id in ids and not cmd.answered]
         for cmd in waiting:
             self._pending.remove(cmd)
             cmd.fail(*_ABORTED)
 
     def _commit(self) -> None:
         self._dirty = False
-        self._ring.commit()
+        if self._ring.commit():
+            # Commands that had to wait for others which are answered now.
+            self._pending.extend(self._ring.ready())
+            self._call_workers()
 
     # Memory that is still looked at after the answer.
 
@@ -465,7 +472,10 @@ class Device:
             for cmd in self._pending:
                 cmd.fail(*_BUSY)
             self._pending.clear()
-            self._ring.commit()
+            # Commands that waited for those come out now, and those that waited for them.
+            while self._ring.commit():
+                for cmd in self._ring.ready():
+                    cmd.fail(*_BUSY)
             # Bounded: an initiator may send the same commands again at once.
             for _ in range(PENDING_LIMIT // BATCH):
                 for item in self._ring.drain(BATCH):

@@ -11,6 +11,12 @@
 //! used for another command yet: where the kernel can keep buffers the initiator is answered at once and the blocks
 //! are freed later, through configfs, by whoever calls [`Device::reap`]; elsewhere the answer itself waits.
 //!
+//! # Commands that exclude each other
+//!
+//! A command whose bytes another one has for itself waits (see [`exclusion`](crate::exclusion)): its claim is kept here,
+//! and comes out of [`Device::take_ready`] when it may begin. Its range is given back when it is answered, or, if it goes
+//! on behind its answer, when its last step is done.
+//!
 //! # Threads
 //!
 //! One task drains. Answers, drops and releases may come from any thread; the ring is behind a mutex for them, which
@@ -26,6 +32,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use smallvec::SmallVec;
 
 use crate::abi;
+use crate::exclusion::{Exclusion, Hold};
 use crate::mapping::Mapping;
 use crate::ring::lease::{Closed, Lease};
 use crate::ring::{Buffer, Cdb, CmdId, Entry, Response, Ring, RingError, TaskManagement};
@@ -89,6 +96,7 @@ pub struct Device {
     keeps_buffers: bool,
     reads_len: bool,
     parked: Mutex<Parked>,
+    exclusion: Exclusion<(Arc<Claim>, Step)>,
     wake: OnceLock<OwnedFd>,
     /// What happened so far.
     pub counters: Counters,
@@ -117,6 +125,7 @@ impl Device {
             event: Mutex::new(Some(Arc::new(event))),
             unit,
             parked: Mutex::default(),
+            exclusion: Exclusion::default(),
             wake: OnceLock::new(),
             counters: Counters::default(),
         })
@@ -163,7 +172,10 @@ impl Device {
             let entry = lock(&self.ring).fetch()?;
             match entry {
                 None => break,
-                Some(Entry::TaskManagement(tmr)) => work.push(Work::TaskManagement(tmr)),
+                Some(Entry::TaskManagement(tmr)) => {
+                    self.abort_waiting(&tmr)?;
+                    work.push(Work::TaskManagement(tmr));
+                }
                 Some(Entry::Command(command)) => {
                     self.counters.commands.fetch_add(1, Ordering::Relaxed);
                     let claim = Arc::new(Claim {
@@ -176,14 +188,18 @@ impl Device {
                         filled: AtomicBool::new(false),
                         data_out: AtomicBool::new(false),
                         answered: AtomicBool::new(false),
-                        task: Mutex::new(None),
+                        place: Mutex::default(),
                     });
                     if intercept || self.unit.is_none() {
                         work.push(Work::Command(claim));
-                    } else if let Some(step) = claim.start()? {
-                        work.push(Work::Step(claim, step));
                     } else {
-                        self.counters.emulated.fetch_add(1, Ordering::Relaxed);
+                        match claim.start()? {
+                            Started::Step(step) => work.push(Work::Step(claim, step)),
+                            Started::Waiting => {}
+                            Started::Answered => {
+                                self.counters.emulated.fetch_add(1, Ordering::Relaxed);
+                            }
+                        }
                     }
                 }
             }
@@ -191,12 +207,51 @@ impl Device {
         Ok(work)
     }
 
-    /// Whether entries wait that were not drained.
+    /// Whether entries wait that were not drained, or commands in [`Device::take_ready`].
     ///
     /// # Errors
     /// [`DeviceError::Ring`].
     pub fn pending(&self) -> Result<bool, DeviceError> {
-        Ok(lock(&self.ring).pending()?)
+        Ok(self.has_ready() || lock(&self.ring).pending()?)
+    }
+
+    /// Whether commands that had to wait for others can begin.
+    #[must_use]
+    pub fn has_ready(&self) -> bool {
+        self.exclusion.has_ready()
+    }
+
+    /// The commands that had to wait for others and can begin, with their first steps.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`] from the answer to one that cannot begin any more.
+    pub fn take_ready(&self) -> Result<Vec<(Arc<Claim>, Step)>, DeviceError> {
+        let mut ready = self.exclusion.take_ready();
+        let size = self.unit.as_ref().map_or(u64::MAX, |unit| unit.size());
+        let mut outside = Vec::new();
+        ready.retain(|(claim, step)| {
+            // It was looked at before it waited, and the medium may have shrunk since.
+            let fits = step.offset.0.checked_add(step.length).is_some_and(|end| end <= size);
+            if !fits {
+                outside.push(claim.clone());
+            }
+            fits
+        });
+        for claim in outside {
+            claim.answer(Reply::check(Sense::LBA_OUT_OF_RANGE))?;
+        }
+        Ok(ready)
+    }
+
+    /// Answers the aborted ones among the commands that wait. One that was answered before is not meant: its id is
+    /// another command's.
+    fn abort_waiting(&self, tmr: &TaskManagement) -> Result<(), DeviceError> {
+        for (claim, _) in self.exclusion.waiting_with_ids(|id| tmr.commands.contains(&CmdId(id))) {
+            if !claim.is_answered() {
+                claim.answer(Reply::status(Status::TaskAborted))?;
+            }
+        }
+        Ok(())
     }
 
     /// Hands back what was answered, and rings the doorbell if there is anything.
@@ -273,6 +328,8 @@ impl Device {
     pub fn close(&self) {
         lock(&self.ring).abandon();
         lock(&self.event).take();
+        // Claims that wait hold the device, and it holds them.
+        drop(self.exclusion.clear());
     }
 }
 
@@ -295,6 +352,24 @@ pub enum Answered {
     Already,
 }
 
+/// What became of a command that the emulation has looked at.
+#[derive(Debug)]
+pub enum Started {
+    /// The handler is needed.
+    Step(Step),
+    /// It will be, when other commands are over: see [`Device::take_ready`].
+    Waiting,
+    /// It is answered.
+    Answered,
+}
+
+/// Where a command is: what is left to do, and which range it has for that.
+#[derive(Debug, Default)]
+struct Place {
+    task: Option<Task>,
+    hold: Hold,
+}
+
 /// One outstanding command, and the duty to answer it.
 #[derive(Debug)]
 pub struct Claim {
@@ -309,7 +384,7 @@ pub struct Claim {
     /// The main buffer is known to hold Data-Out.
     data_out: AtomicBool,
     answered: AtomicBool,
-    task: Mutex<Option<Task>>,
+    place: Mutex<Place>,
 }
 
 impl Claim {
@@ -343,15 +418,51 @@ impl Claim {
         self.answered.load(Ordering::Acquire)
     }
 
-    /// Lets the emulation look at the command. Returns the step for the handler, or `None` if it is answered.
+    /// Lets the emulation look at the command.
     ///
     /// # Errors
     /// [`DeviceError::Ring`] from the answer.
-    pub fn start(&self) -> Result<Option<Step>, DeviceError> {
-        match &self.device.unit {
-            Some(unit) => self.go_on(unit.start(&self.cdb, &self.data)),
-            None => self.answer(Reply::check(Sense::INVALID_OPCODE)).map(|_| None),
+    pub fn start(self: &Arc<Self>) -> Result<Started, DeviceError> {
+        let next = match &self.device.unit {
+            Some(unit) => unit.start(&self.cdb, &self.data),
+            None => Next::Done(Reply::check(Sense::INVALID_OPCODE)),
+        };
+        match next {
+            Next::Done(reply) => self.answer(reply).map(|_| Started::Answered),
+            Next::Call(step, task) => Ok(self.enter(step, task)),
+            Next::Early(step, task) => {
+                // The task goes on without the initiator: what holds it is the step that is handed out.
+                self.send(Reply::good(0))?;
+                Ok(self.enter(step, task))
+            }
         }
+    }
+
+    /// Begins with the first step as soon as no other command is in the way.
+    fn enter(self: &Arc<Self>, step: Step, task: Task) -> Started {
+        self.data_out.store(step.verb == Verb::Write, Ordering::Relaxed);
+        let exclusion = &self.device.exclusion;
+        let reach = task.reach(&step);
+        let mut place = lock(&self.place);
+        place.task = Some(task);
+        if let Some(hold) = exclusion.enter_unqueued(self.id.0, &reach) {
+            place.hold = hold;
+            return Started::Step(step);
+        }
+        let token = exclusion.token();
+        // The place stays locked: whoever gives up this command finds it in the queue.
+        place.hold = Hold::Queued(token);
+        match exclusion.enter(token, self.id.0, reach, (self.clone(), step)) {
+            Some((_, step)) => Started::Step(step),
+            None => Started::Waiting,
+        }
+    }
+
+    /// Does nothing more for this command: what is left is dropped, which tells the unit, and others may have its range.
+    fn finish(&self) {
+        let Place { task, hold } = std::mem::take(&mut *lock(&self.place));
+        drop(task);
+        self.device.exclusion.leave(self.id.0, hold);
     }
 
     /// The step succeeded, with `result`: returns the next one, or `None` if there is no more to do. The command is
@@ -360,7 +471,7 @@ impl Claim {
     /// # Errors
     /// [`DeviceError::Ring`] from the answer.
     pub fn advance(&self, result: StepResult) -> Result<Option<Step>, DeviceError> {
-        let task = lock(&self.task).take();
+        let task = lock(&self.place).task.take();
         match (&self.device.unit, task) {
             (Some(unit), Some(task)) => self.go_on(unit.resume(task, &self.data, result)),
             _ => Ok(None),
@@ -371,13 +482,12 @@ impl Claim {
         match next {
             Next::Done(reply) => self.answer(reply).map(|_| None),
             Next::Early(step, task) => {
-                // The task goes on without the initiator: what holds it is the step that is handed out.
-                self.answer(Reply::good(0))?;
-                *lock(&self.task) = Some(task);
+                self.send(Reply::good(0))?;
+                lock(&self.place).task = Some(task);
                 Ok(Some(step))
             }
             Next::Call(step, task) => {
-                *lock(&self.task) = Some(task);
+                lock(&self.place).task = Some(task);
                 self.data_out.store(step.verb == Verb::Write, Ordering::Relaxed);
                 Ok(Some(step))
             }
@@ -421,8 +531,12 @@ impl Claim {
     /// # Errors
     /// [`DeviceError::Ring`] when the ring is dead: the answer goes nowhere then, and the device is over.
     pub fn answer(&self, reply: Reply) -> Result<Answered, DeviceError> {
-        // What is left to do is not done any more: dropping it tells the unit.
-        drop(lock(&self.task).take());
+        // Before the answer: once it is on its way, the id may be another command's.
+        self.finish();
+        self.send(reply)
+    }
+
+    fn send(&self, reply: Reply) -> Result<Answered, DeviceError> {
         if self.answered.swap(true, Ordering::AcqRel) {
             return Ok(Answered::Already);
         }
