@@ -16,7 +16,6 @@
 //! One task drains. Answers, drops and releases may come from any thread; the ring is behind a mutex for them, which
 //! is held for a few stores only, and never while foreign code runs.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -28,6 +27,7 @@ use smallvec::SmallVec;
 use crate::abi;
 use crate::mapping::Mapping;
 use crate::ring::lease::{Closed, Lease};
+use crate::ring::parking::Parking;
 use crate::ring::{Buffer, Cdb, CmdId, Entry, Response, Ring, RingError, TaskManagement};
 use crate::scsi::LogicalUnit;
 use crate::scsi::sense::{Sense, SenseFormat};
@@ -61,14 +61,6 @@ pub struct Counters {
     pub wakeups: AtomicU64,
 }
 
-#[derive(Debug, Default)]
-struct Parked {
-    /// Answers that wait for the last view, by command.
-    held: HashMap<CmdId, Response>,
-    /// Commands whose last view is gone.
-    released: Vec<CmdId>,
-}
-
 /// What a drain found for the layer above.
 #[derive(Debug)]
 pub enum Work {
@@ -88,7 +80,7 @@ pub struct Device {
     unit: Option<Arc<LogicalUnit>>,
     keeps_buffers: bool,
     reads_len: bool,
-    parked: Mutex<Parked>,
+    parking: Parking<Response>,
     wake: OnceLock<OwnedFd>,
     /// What happened so far.
     pub counters: Counters,
@@ -116,7 +108,7 @@ impl Device {
             ring: Mutex::new(ring),
             event: Mutex::new(Some(Arc::new(event))),
             unit,
-            parked: Mutex::default(),
+            parking: Parking::default(),
             wake: OnceLock::new(),
             counters: Counters::default(),
         })
@@ -241,28 +233,30 @@ impl Device {
         self.wake.get().map(AsRawFd::as_raw_fd).ok_or_else(|| io::Error::other("no eventfd"))
     }
 
-    /// Ends what waited for views that are gone: completes the answers that were held, and returns the ids whose kept
-    /// buffers have to be freed (`action/free_kept_buf`). Commit afterwards.
+    /// Ends what waited for views that are gone: sends the answers that were held, and returns the ids whose kept
+    /// buffers have to be freed (`action/free_kept_buf`).
+    ///
+    /// Commits, for the kernel knows a kept buffer only when it has the answer that keeps it.
     ///
     /// # Errors
-    /// [`DeviceError::Ring`].
+    /// [`DeviceError`]: the device is over.
     pub fn reap(&self) -> Result<Vec<u16>, DeviceError> {
         if let Some(fd) = self.wake.get() {
             let _ = rustix::io::read(fd, &mut [0u8; 8]);
         }
         let mut kept = Vec::new();
-        let mut parked = lock(&self.parked);
-        for id in std::mem::take(&mut parked.released) {
-            match parked.held.remove(&id) {
+        for (id, held) in self.parking.take() {
+            match held {
                 Some(response) => lock(&self.ring).complete(id, response)?,
                 None => kept.push(id.0),
             }
         }
+        self.commit()?;
         Ok(kept)
     }
 
     fn released(&self, id: CmdId) {
-        lock(&self.parked).released.push(id);
+        self.parking.release(id);
         if let Some(fd) = self.wake.get() {
             let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
         }
@@ -371,7 +365,10 @@ impl Claim {
             Next::Done(reply) => self.answer(reply).map(|_| None),
             Next::Call(step, task) => {
                 *lock(&self.task) = Some(task);
-                self.data_out.store(step.verb == Verb::Write, Ordering::Relaxed);
+                // It stays so: the flush after a write has no data of its own.
+                if step.verb == Verb::Write {
+                    self.data_out.store(true, Ordering::Relaxed);
+                }
                 Ok(Some(step))
             }
         }
@@ -418,25 +415,16 @@ impl Claim {
             return Ok(Answered::Already);
         }
         let response = self.response(reply);
-        // Under the lock, so that a release from another thread finds the held answer.
-        let mut parked = lock(&self.device.parked);
-        match self.lease.close() {
-            Closed::Lent if self.device.keeps_buffers => {
-                drop(parked);
-                let views = self.lease.lent();
-                lock(&self.device.ring).complete(self.id, Response { keep_buf: true, ..response })?;
-                Ok(Answered::Kept { views })
+        let complete = |response| lock(&self.device.ring).complete(self.id, response);
+        let answered = self.device.parking.close(self.id, &self.lease, |closed| match closed {
+            Closed::Lent { views } if self.device.keeps_buffers => {
+                let kept = Response { keep_buf: true, ..response };
+                (complete(kept).map(|()| Answered::Kept { views }), None)
             }
-            Closed::Lent => {
-                parked.held.insert(self.id, response);
-                Ok(Answered::Held { views: self.lease.lent() })
-            }
-            Closed::Free | Closed::Already => {
-                drop(parked);
-                lock(&self.device.ring).complete(self.id, response)?;
-                Ok(Answered::Sent)
-            }
-        }
+            Closed::Lent { views } => (Ok(Answered::Held { views }), Some(response)),
+            Closed::Free | Closed::Already => (complete(response).map(|()| Answered::Sent), None),
+        });
+        Ok(answered?)
     }
 
     fn response(&self, reply: Reply) -> Response {

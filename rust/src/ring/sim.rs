@@ -277,8 +277,11 @@ impl Kernel {
         let opcode = request.cdb.first().copied().unwrap_or(0);
         request.cdb.resize(request.cdb.len().max(8), 0);
         let size = abi::cdb_size(opcode, request.cdb[7]);
-        request.cdb.resize(size.min(abi::MAX_CDB_SIZE), 0);
-        if self.blocked {
+        request.cdb.resize(size, 0);
+        if size > abi::MAX_CDB_SIZE {
+            // The target core refuses it (`target_cmd_init_cdb`).
+            self.finish(ticket, 0x02, &INVALID_FIELD, Vec::new(), request.data_in);
+        } else if self.blocked {
             self.finish(ticket, 0x08, &[], Vec::new(), request.data_in);
         } else if self.broken {
             self.finish(ticket, 0x02, &COMMUNICATION_FAILURE, Vec::new(), request.data_in);
