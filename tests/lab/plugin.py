@@ -318,10 +318,14 @@ class _Guest:
 
 
 def _inner_pytest(config: pytest.Config, items: Sequence[pytest.Item]) -> str:
-    """The job that runs the files of `items` and shows failures in the style that was asked for out here."""
+    """The job that runs the files of `items` with the plugins, settings and report style of this pytest."""
     files = dict.fromkeys(str(item.path.relative_to(config.rootpath)) for item in items)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--tb={config.option.tbstyle}"]
     command += ["--color=no", *["-v"] * config.option.verbose]
+    for plugin in config.option.plugins:
+        command += ["-p", plugin]
+    for setting in config.option.override_ini or ():
+        command += ["-o", setting]
     if config.option.showlocals:
         command.append("--showlocals")
     if config.inipath is not None:
