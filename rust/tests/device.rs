@@ -282,6 +282,27 @@ fn a_kept_buffer_is_not_freed_before_the_kernel_keeps_it() {
     assert!(kernel.free_kept(1));
 }
 
+/// The same story a second time: with answers in strict order, the commit did not help. The one that keeps a buffer
+/// waits behind a slower command, and its buffer was said to be free before the kernel had heard of it.
+#[test]
+fn in_strict_order_answers_wait_for_the_views_too() {
+    let (mut kernel, device) = device(ALL & !abi::MAILBOX_FLAG_CAP_OOOC);
+    kernel.submit(read(1));
+    kernel.submit(read(1));
+    let (first, _) = one_step(&device);
+    let (second, _) = one_step(&device);
+    assert!(second.lend());
+    fill(&second, 2);
+    assert_eq!(second.answer(Reply::good(512)).unwrap(), Answered::Held { views: 1 });
+    second.give_back();
+    assert_eq!(device.reap().unwrap(), []);
+    fill(&first, 1);
+    first.answer(Reply::good(512)).unwrap();
+    device.commit().unwrap();
+    assert_eq!(kernel.process().iter().map(|done| done.data_in[0]).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!((kernel.kept(), kernel.violations()), (vec![], &[] as &[String]));
+}
+
 #[test]
 fn data_in_that_is_not_valid_is_not_delivered() {
     for (capabilities, delivered) in [(ALL, 100), (NO_READ_LEN, 1024)] {
