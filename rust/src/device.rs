@@ -103,7 +103,8 @@ impl Device {
     ) -> Result<Self, DeviceError> {
         let ring = Ring::attach(Arc::new(mapping))?;
         Ok(Self {
-            keeps_buffers: ring.has(abi::MAILBOX_FLAG_CAP_KEEP_BUF),
+            // In strict order the answer that keeps a buffer may wait for others, and `reap` would not know it.
+            keeps_buffers: ring.has(abi::MAILBOX_FLAG_CAP_KEEP_BUF) && ring.has(abi::MAILBOX_FLAG_CAP_OOOC),
             reads_len: ring.has(abi::MAILBOX_FLAG_CAP_READ_LEN),
             ring: Mutex::new(ring),
             event: Mutex::new(Some(Arc::new(event))),

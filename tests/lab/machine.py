@@ -42,7 +42,7 @@ DEFAULT_TIMEOUT = 300.0
 _BOOT_TIMEOUT = 180.0
 """Five seconds on an idle machine; generous, as software emulation beside another build is slow."""
 
-_DESCRIBE_TIMEOUT = 15.0
+_DESCRIBE_TIMEOUT = 60.0
 _QUIT_TIMEOUT = 15.0
 _TAIL_LINES = 60
 _JOB_STARTS = "lab: the job starts"
@@ -67,7 +67,13 @@ _COMMAND_LINE = (
 _COVERED = frozenset({"dev", "proc", "run", "sys"})
 
 # What the kernel says when it finds a fault in itself. Hung tasks count: a TCMU ring can hang one for ever.
+<<<<<<< .merge_file_pSHG5O
 _FAULT = re.compile(r"Kernel panic|Oops:|BUG:|WARNING: CPU|INFO: task .* blocked|INFO: rcu.*stall|UBSAN:|KASAN:")
+=======
+KERNEL_FAULT = re.compile(
+    r"Kernel panic|Oops:|BUG:|WARNING: CPU|INFO: task .* blocked|INFO: rcu.*stall|UBSAN:|KASAN:"
+)
+>>>>>>> .merge_file_PB6imS
 
 
 class Verdict(enum.Enum):
@@ -115,7 +121,7 @@ class Result:
     @property
     def kernel_faults(self) -> list[str]:
         """The lines in which the kernel reported a fault of its own: warnings, hung tasks, an oops."""
-        return [line for line in self.dmesg.splitlines() if _FAULT.search(line)]
+        return [line for line in self.dmesg.splitlines() if KERNEL_FAULT.search(line)]
 
     @property
     def summary(self) -> str:
@@ -551,5 +557,5 @@ def _tail(text: str) -> str:
     """The last lines of a kernel log since the job started, and all of it since its first fault."""
     lines = text.partition(_JOB_STARTS)[2].splitlines() or text.splitlines()
     end = max(len(lines) - _TAIL_LINES, 0)
-    first = next((number for number, line in enumerate(lines) if _FAULT.search(line)), end)
+    first = next((number for number, line in enumerate(lines) if KERNEL_FAULT.search(line)), end)
     return "\n".join(lines[min(first, end) :]).strip("\n")
