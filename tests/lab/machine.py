@@ -67,13 +67,7 @@ _COMMAND_LINE = (
 _COVERED = frozenset({"dev", "proc", "run", "sys"})
 
 # What the kernel says when it finds a fault in itself. Hung tasks count: a TCMU ring can hang one for ever.
-<<<<<<< .merge_file_pSHG5O
-_FAULT = re.compile(r"Kernel panic|Oops:|BUG:|WARNING: CPU|INFO: task .* blocked|INFO: rcu.*stall|UBSAN:|KASAN:")
-=======
-KERNEL_FAULT = re.compile(
-    r"Kernel panic|Oops:|BUG:|WARNING: CPU|INFO: task .* blocked|INFO: rcu.*stall|UBSAN:|KASAN:"
-)
->>>>>>> .merge_file_PB6imS
+KERNEL_FAULT = re.compile(r"Kernel panic|Oops:|BUG:|WARNING: CPU|INFO: task .* blocked|INFO: rcu.*stall|UBSAN:|KASAN:")
 
 
 class Verdict(enum.Enum):
