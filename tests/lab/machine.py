@@ -95,7 +95,7 @@ def _clock_parameters() -> list[str]:
         first, started = counter(), time.monotonic_ns()
         time.sleep(0.02)
         last, ended = counter(), time.monotonic_ns()
-        return float(last - first) / (ended - started) * 1e6
+        return float((last - first) / (ended - started) * 1e6)
 
     return [f"tsc_early_khz={statistics.median(measure() for _ in range(5)):.0f}"]
 
