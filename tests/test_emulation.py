@@ -10,6 +10,8 @@ import trio.testing
 from tcmu_rs import BlockHandler, Command, ExtentState, IoVec
 from tcmu_rs.testing import SimulatedDisk, simulated
 
+from .conftest import Log
+
 BLOCK = 512
 BLOCKS = 16384
 TEST_UNIT_READY = bytes(6)
@@ -115,13 +117,14 @@ async def test_the_id_of_an_answered_format_is_another_commands() -> None:
         assert not any(handler.data)
 
 
-async def test_a_failed_format_is_told() -> None:
+async def test_a_failed_format_is_told(log: Log) -> None:
     handler = Memory()
     handler.fail_after = 2
     async with simulated(handler) as disk:
         (await disk.scsi(*FORMAT_IMMED)).check()
         await trio.testing.wait_all_tasks_blocked()
         assert (await disk.scsi(TEST_UNIT_READY)).sense_code == (0x3, 0x31, 0x01)
+        log.expect("broken")
         handler.fail_after = None
         (await disk.scsi(FORMAT_IMMED[0][:1] + bytes(5))).check()
         (await disk.scsi(TEST_UNIT_READY)).check()
@@ -146,7 +149,7 @@ async def test_extents() -> None:
         assert descriptors == [(5, 3, 0), (8, BLOCKS - 8, 1)]
 
 
-async def test_a_read_that_ignores_its_memory_is_a_bug() -> None:
+async def test_a_read_that_ignores_its_memory_compares_zeroes() -> None:
     class Lazy(Plain):
         def read(self, offset: int, iov: IoVec) -> None:
             pass

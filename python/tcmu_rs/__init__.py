@@ -1,5 +1,6 @@
 """SCSI devices served to the Linux kernel from Python, under trio."""
 
+from ._attach import AttachedDevice, attach, serve
 from ._errors import (
     Busy,
     DeviceError,
@@ -25,6 +26,7 @@ if debug_build:
     warnings.warn("tcmu_rs._native is a debug build: many times slower than a release build", stacklevel=2)
 
 __all__ = [
+    "AttachedDevice",
     "BlockHandler",
     "Busy",
     "Command",
@@ -47,5 +49,7 @@ __all__ = [
     "ScsiError",
     "WriteProtected",
     "__version__",
+    "attach",
     "blocking",
+    "serve",
 ]

@@ -3,6 +3,20 @@ from typing import Literal, SupportsIndex, final
 
 from typing_extensions import Buffer
 
+__all__ = [
+    "Command",
+    "DeviceEvent",
+    "IoVec",
+    "LogicalUnit",
+    "NetlinkSocket",
+    "ReceivedEvents",
+    "Ring",
+    "Simulator",
+    "TaskManagement",
+    "__version__",
+    "debug_build",
+]
+
 __version__: str
 debug_build: bool
 
@@ -48,6 +62,8 @@ class LogicalUnit:
         max_atomic_write: int = 0,
         removable: bool = False,
     ) -> LogicalUnit: ...
+    @property
+    def size(self) -> int: ...
 
 @final
 class Ring:

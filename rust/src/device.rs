@@ -22,7 +22,6 @@
 //! One task drains. Answers, drops and releases may come from any thread; the ring is behind a mutex for them, which
 //! is held for a few stores only, and never while foreign code runs.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -35,8 +34,10 @@ use crate::abi;
 use crate::exclusion::{Exclusion, Hold};
 use crate::mapping::Mapping;
 use crate::ring::lease::{Closed, Lease};
+use crate::ring::parking::Parking;
 use crate::ring::{Buffer, Cdb, CmdId, Entry, Response, Ring, RingError, TaskManagement};
 use crate::scsi::LogicalUnit;
+use crate::scsi::opcodes::{Direction, find};
 use crate::scsi::sense::{Sense, SenseFormat};
 use crate::scsi::{DataBuffer, Next, Reply, Status, Step, StepResult, Task, Verb};
 
@@ -68,14 +69,6 @@ pub struct Counters {
     pub wakeups: AtomicU64,
 }
 
-#[derive(Debug, Default)]
-struct Parked {
-    /// Answers that wait for the last view, by command.
-    held: HashMap<CmdId, Response>,
-    /// Commands whose last view is gone.
-    released: Vec<CmdId>,
-}
-
 /// What a drain found for the layer above.
 #[derive(Debug)]
 pub enum Work {
@@ -95,7 +88,7 @@ pub struct Device {
     unit: Option<Arc<LogicalUnit>>,
     keeps_buffers: bool,
     reads_len: bool,
-    parked: Mutex<Parked>,
+    parking: Parking<Response>,
     exclusion: Exclusion<(Arc<Claim>, Step)>,
     wake: OnceLock<OwnedFd>,
     /// What happened so far.
@@ -119,12 +112,13 @@ impl Device {
     ) -> Result<Self, DeviceError> {
         let ring = Ring::attach(Arc::new(mapping))?;
         Ok(Self {
-            keeps_buffers: ring.has(abi::MAILBOX_FLAG_CAP_KEEP_BUF),
+            // In strict order the answer that keeps a buffer may wait for others, and `reap` would not know it.
+            keeps_buffers: ring.has(abi::MAILBOX_FLAG_CAP_KEEP_BUF) && ring.has(abi::MAILBOX_FLAG_CAP_OOOC),
             reads_len: ring.has(abi::MAILBOX_FLAG_CAP_READ_LEN),
             ring: Mutex::new(ring),
             event: Mutex::new(Some(Arc::new(event))),
             unit,
-            parked: Mutex::default(),
+            parking: Parking::default(),
             exclusion: Exclusion::default(),
             wake: OnceLock::new(),
             counters: Counters::default(),
@@ -296,28 +290,30 @@ impl Device {
         self.wake.get().map(AsRawFd::as_raw_fd).ok_or_else(|| io::Error::other("no eventfd"))
     }
 
-    /// Ends what waited for views that are gone: completes the answers that were held, and returns the ids whose kept
-    /// buffers have to be freed (`action/free_kept_buf`). Commit afterwards.
+    /// Ends what waited for views that are gone: sends the answers that were held, and returns the ids whose kept
+    /// buffers have to be freed (`action/free_kept_buf`).
+    ///
+    /// Commits, for the kernel knows a kept buffer only when it has the answer that keeps it.
     ///
     /// # Errors
-    /// [`DeviceError::Ring`].
+    /// [`DeviceError`]: the device is over.
     pub fn reap(&self) -> Result<Vec<u16>, DeviceError> {
         if let Some(fd) = self.wake.get() {
             let _ = rustix::io::read(fd, &mut [0u8; 8]);
         }
         let mut kept = Vec::new();
-        let mut parked = lock(&self.parked);
-        for id in std::mem::take(&mut parked.released) {
-            match parked.held.remove(&id) {
+        for (id, held) in self.parking.take() {
+            match held {
                 Some(response) => lock(&self.ring).complete(id, response)?,
                 None => kept.push(id.0),
             }
         }
+        self.commit()?;
         Ok(kept)
     }
 
     fn released(&self, id: CmdId) {
-        lock(&self.parked).released.push(id);
+        self.parking.release(id);
         if let Some(fd) = self.wake.get() {
             let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
         }
@@ -381,7 +377,9 @@ pub struct Claim {
     lease: Lease,
     /// Every byte of the Data-In was written, by somebody who means it or by a zeroing.
     filled: AtomicBool,
-    /// The main buffer is known to hold Data-Out.
+    /// The main buffer is known to hold Data-Out: zeroing it would cost every write a pass over the memory. Known by
+    /// the CDB, for an entry does not tell: an initiator that announces Data-In for a WRITE is handed what the memory
+    /// held, which is data of this device.
     data_out: AtomicBool,
     answered: AtomicBool,
     place: Mutex<Place>,
@@ -424,7 +422,7 @@ impl Claim {
     /// [`DeviceError::Ring`] from the answer.
     pub fn start(self: &Arc<Self>) -> Result<Started, DeviceError> {
         let next = match &self.device.unit {
-            Some(unit) => unit.start(&self.cdb, &self.data),
+            Some(unit) => unit.start(&self.cdb, self.emulated_buffer(unit)),
             None => Next::Done(Reply::check(Sense::INVALID_OPCODE)),
         };
         match next {
@@ -440,7 +438,9 @@ impl Claim {
 
     /// Begins with the first step as soon as no other command is in the way.
     fn enter(self: &Arc<Self>, step: Step, task: Task) -> Started {
-        self.data_out.store(step.verb == Verb::Write, Ordering::Relaxed);
+        if step.verb == Verb::Write {
+            self.data_out.store(true, Ordering::Relaxed);
+        }
         let exclusion = &self.device.exclusion;
         let reach = task.reach(&step);
         let mut place = lock(&self.place);
@@ -473,8 +473,21 @@ impl Claim {
     pub fn advance(&self, result: StepResult) -> Result<Option<Step>, DeviceError> {
         let task = lock(&self.place).task.take();
         match (&self.device.unit, task) {
-            (Some(unit), Some(task)) => self.go_on(unit.resume(task, &self.data, result)),
+            (Some(unit), Some(task)) => self.go_on(unit.resume(task, self.emulated_buffer(unit), result)),
             _ => Ok(None),
+        }
+    }
+
+    /// The buffer for the way that the command's data goes. The fabric may announce both ways for any command; of those
+    /// that are emulated none uses both.
+    fn emulated_buffer(&self, unit: &LogicalUnit) -> &Buffer {
+        match &self.bidi_in {
+            Some(data_in)
+                if find(&self.cdb, unit).is_ok_and(|command| command.direction() == Direction::In) =>
+            {
+                data_in
+            }
+            _ => &self.data,
         }
     }
 
@@ -488,7 +501,10 @@ impl Claim {
             }
             Next::Call(step, task) => {
                 lock(&self.place).task = Some(task);
-                self.data_out.store(step.verb == Verb::Write, Ordering::Relaxed);
+                // It stays so: the flush after a write has no data of its own.
+                if step.verb == Verb::Write {
+                    self.data_out.store(true, Ordering::Relaxed);
+                }
                 Ok(Some(step))
             }
         }
@@ -541,25 +557,16 @@ impl Claim {
             return Ok(Answered::Already);
         }
         let response = self.response(reply);
-        // Under the lock, so that a release from another thread finds the held answer.
-        let mut parked = lock(&self.device.parked);
-        match self.lease.close() {
-            Closed::Lent if self.device.keeps_buffers => {
-                drop(parked);
-                let views = self.lease.lent();
-                lock(&self.device.ring).complete(self.id, Response { keep_buf: true, ..response })?;
-                Ok(Answered::Kept { views })
+        let complete = |response| lock(&self.device.ring).complete(self.id, response);
+        let answered = self.device.parking.close(self.id, &self.lease, |closed| match closed {
+            Closed::Lent { views } if self.device.keeps_buffers => {
+                let kept = Response { keep_buf: true, ..response };
+                (complete(kept).map(|()| Answered::Kept { views }), None)
             }
-            Closed::Lent => {
-                parked.held.insert(self.id, response);
-                Ok(Answered::Held { views: self.lease.lent() })
-            }
-            Closed::Free | Closed::Already => {
-                drop(parked);
-                lock(&self.device.ring).complete(self.id, response)?;
-                Ok(Answered::Sent)
-            }
-        }
+            Closed::Lent { views } => (Ok(Answered::Held { views }), Some(response)),
+            Closed::Free | Closed::Already => (complete(response).map(|()| Answered::Sent), None),
+        });
+        Ok(answered?)
     }
 
     fn response(&self, reply: Reply) -> Response {
@@ -594,6 +601,8 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
+        // One that went on behind its answer has its range still.
+        self.finish();
         if !self.is_answered() && self.answer(Reply::check(Sense::ABORTED_COMMAND)).is_ok() {
             let _ = self.device.commit();
         }

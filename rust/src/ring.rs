@@ -41,6 +41,7 @@ use crate::mapping::{Mapping, OutOfBounds};
 use crate::scsi::DataBuffer;
 
 pub mod lease;
+pub mod parking;
 pub mod sim;
 
 /// What ends a ring.
@@ -341,6 +342,14 @@ impl Ring {
         let head = self.mapping.load_acquire(CMD_HEAD)?;
         if head >= self.ring_size || !(head as usize).is_multiple_of(abi::OP_ALIGN) {
             return Err(self.corrupt(self.next, format!("the head cannot be at {head}")));
+        }
+        // Seen from the tail a head only moves forward. One that went back would have us run around the whole ring,
+        // and take entries of the past for commands.
+        let ahead = |position: u32| {
+            (u64::from(position) + u64::from(self.ring_size - self.tail)) % u64::from(self.ring_size)
+        };
+        if ahead(head) < ahead(self.next) {
+            return Err(self.corrupt(self.next, format!("the head went back to {head}")));
         }
         Ok(head)
     }

@@ -166,6 +166,19 @@ fn every_cdb_group_has_its_length() {
     assert_eq!(&fetch_command(&mut ring).cdb[..], &variable[..]);
 }
 
+/// The simulator cut a CDB that says it has 263 bytes down to the 260 that the target core lets through, which is a
+/// corrupt entry to the ring: fuzzing ended a device by a command that never arrives.
+#[test]
+fn a_cdb_that_is_too_long_never_arrives() {
+    let (mut kernel, mut ring) = pair(small());
+    let mut cdb = vec![0xff; 263];
+    cdb[0] = 0x7f;
+    kernel.submit(Request { cdb, ..Request::default() });
+    assert!(ring.fetch().unwrap().is_none());
+    let done = kernel.process();
+    assert_eq!((done[0].status, done[0].sense[2], done[0].sense[12]), (2, 5, 0x24));
+}
+
 #[test]
 fn both_buffers_of_a_bidirectional_command() {
     let (mut kernel, mut ring) = pair(small());
@@ -205,6 +218,20 @@ fn fragmented_data_is_one_buffer() {
     let mut part = vec![0; 5000];
     command.data.read(3000, &mut part);
     assert_eq!(part, whole[3000..8000]);
+}
+
+/// Found by fuzzing: a command could expire again and again, and told the initiator each time.
+#[test]
+fn a_command_expires_once() {
+    let (mut kernel, mut ring) = pair(small());
+    let ticket = kernel.submit(read(512));
+    let command = fetch_command(&mut ring);
+    kernel.expire(ticket);
+    kernel.expire(ticket);
+    assert_eq!(kernel.process().len(), 1);
+    ring.complete(command.id, good(None)).unwrap();
+    assert!(answer(&mut kernel, &mut ring).is_empty(), "the late answer only frees the entry");
+    assert_eq!((kernel.outstanding(), kernel.violations()), (0, &[] as &[String]));
 }
 
 #[test]
@@ -328,6 +355,24 @@ fn a_head_that_lies_ends_the_ring() {
         kernel.mapping().write_u32(12, head).unwrap();
         assert!(ring.fetch().is_err(), "head {head}");
     }
+}
+
+/// The head was checked for its range only. One that moved back made `fetch` go around the ring to it, through entries
+/// of the past: a write that had long been answered was carried out again, with the bytes of somebody else.
+#[test]
+fn a_head_that_goes_back_ends_the_ring() {
+    let (mut kernel, mut ring) = pair(small());
+    for _ in 0..40 {
+        kernel.submit(write(vec![1; 512]));
+        let command = fetch_command(&mut ring);
+        ring.complete(command.id, good(None)).unwrap();
+        answer(&mut kernel, &mut ring);
+    }
+    kernel.submit(read(512));
+    fetch_command(&mut ring);
+    let head = kernel.mapping().read_u32(12).unwrap();
+    kernel.mapping().write_u32(12, head - 128).unwrap();
+    assert!(ring.fetch().unwrap_err().to_string().contains("went back"));
 }
 
 #[test]

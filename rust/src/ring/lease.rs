@@ -21,8 +21,11 @@ pub struct Lease(AtomicUsize);
 pub enum Closed {
     /// No view is left: the data is free now.
     Free,
-    /// Views are left: the data is free when [`Lease::release`] says so.
-    Lent,
+    /// Views were left: the data is free when [`Lease::release`] says so, or said so meanwhile.
+    Lent {
+        /// How many.
+        views: usize,
+    },
     /// It was closed before.
     Already,
 }
@@ -64,7 +67,7 @@ impl Lease {
         match state {
             0 => Closed::Free,
             _ if state & CLOSED != 0 => Closed::Already,
-            _ => Closed::Lent,
+            views => Closed::Lent { views },
         }
     }
 
@@ -93,14 +96,14 @@ mod tests {
     fn the_last_release_frees() {
         let lease = Lease::new();
         assert!(lease.acquire() && lease.acquire());
-        assert_eq!(lease.close(), Closed::Lent);
+        assert_eq!(lease.close(), Closed::Lent { views: 2 });
         assert!(!lease.release());
         assert_eq!(lease.lent(), 1);
         assert!(lease.release());
     }
 }
 
-/// Run with `RUSTFLAGS="--cfg loom" cargo test --release lease`.
+/// Run with `rust/check-memory loom`.
 #[cfg(all(test, loom))]
 mod model {
     use super::*;

@@ -252,6 +252,12 @@ impl Kernel {
             + self.waiting.len()
     }
 
+    /// The command that has this id now, if one has.
+    #[must_use]
+    pub fn ticket(&self, id: u16) -> Option<Ticket> {
+        self.commands.get(&id).map(|command| command.ticket)
+    }
+
     /// Buffers that were kept with `TCMU_UFLAG_KEEP_BUF` and not freed.
     #[must_use]
     pub fn kept(&self) -> Vec<u16> {
@@ -271,8 +277,11 @@ impl Kernel {
         let opcode = request.cdb.first().copied().unwrap_or(0);
         request.cdb.resize(request.cdb.len().max(8), 0);
         let size = abi::cdb_size(opcode, request.cdb[7]);
-        request.cdb.resize(size.min(abi::MAX_CDB_SIZE), 0);
-        if self.blocked {
+        request.cdb.resize(size, 0);
+        if size > abi::MAX_CDB_SIZE {
+            // The target core refuses it (`target_cmd_init_cdb`).
+            self.finish(ticket, 0x02, &INVALID_FIELD, Vec::new(), request.data_in);
+        } else if self.blocked {
             self.finish(ticket, 0x08, &[], Vec::new(), request.data_in);
         } else if self.broken {
             self.finish(ticket, 0x02, &COMMUNICATION_FAILURE, Vec::new(), request.data_in);
@@ -314,8 +323,10 @@ impl Kernel {
 
     /// The command's time is over: the initiator is told, the entry stays (`tcmu_check_expired_ring_cmd`).
     pub fn expire(&mut self, ticket: Ticket) {
-        if let Some(command) =
-            self.commands.values_mut().find(|command| command.ticket == ticket && !command.kept)
+        if let Some(command) = self
+            .commands
+            .values_mut()
+            .find(|command| command.ticket == ticket && !command.kept && !command.expired)
         {
             command.expired = true;
             let room = if command.reads { command.data.len() } else { 0 };
@@ -466,10 +477,9 @@ impl Kernel {
             let told = uflags & abi::UFLAG_READ_LEN != 0 && read_len > 0 && command.bidi_in.is_none();
             let length = match status {
                 _ if uflags & abi::UFLAG_UNKNOWN_OP != 0 => 0,
-                0x00 if told => read_len.min(room),
-                0x00 => room,
-                0x02 if told => read_len.min(room),
-                _ => 0,
+                _ if told => read_len.min(room),
+                0x02 => 0,
+                _ => room,
             };
             data_in.resize(length, 0);
             input.read(0, &mut data_in);
@@ -479,6 +489,10 @@ impl Kernel {
             && let Some(at) = find_poison(&data_in)
         {
             self.violations.push(format!("byte {at} of the Data-In of cmd_id {id} was never written"));
+        }
+        // The bytes are in the initiator's memory with BUSY, too, but a driver does not look at them.
+        if !matches!(status, 0x00 | 0x02) {
+            data_in.clear();
         }
         if !kept && let Some(command) = self.commands.remove(&id) {
             self.free(id, &command);
@@ -606,10 +620,14 @@ impl Kernel {
                     done += extent.length;
                 }
                 let input = if reads { &data } else { &bidi_data };
-                let mut pattern = POISON.iter().copied().cycle();
-                for extent in input.iter().filter(|_| poison) {
-                    let bytes: Vec<u8> = pattern.by_ref().take(extent.length).collect();
-                    mapping.write(extent.offset, &bytes)?;
+                if poison {
+                    let length: usize = input.iter().map(|extent| extent.length).sum();
+                    let pattern = POISON.repeat(length.div_ceil(POISON.len()));
+                    let mut done = 0;
+                    for extent in input {
+                        mapping.write(extent.offset, &pattern[done..done + extent.length])?;
+                        done += extent.length;
+                    }
                 }
                 Ok(())
             }),
