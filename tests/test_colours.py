@@ -179,7 +179,7 @@ class ArgumentlessDisk(Storage):
         (ArgumentlessDisk, "ArgumentlessDisk.read() takes 1 positional argument but 3 were given"),
     ],
 )
-async def test_a_method_of_the_wrong_shape_is_named(disk_class: Callable[[], Storage], message: str, log: Any) -> None:
+async def test_a_method_of_the_wrong_shape_is_named(disk_class: Callable[[], Storage], message: str, log: Log) -> None:
     with pytest.raises(ExceptionGroup) as caught:
         async with simulated(disk_class()) as disk:
             await disk.scsi(read16(0), data_in=BLOCK)

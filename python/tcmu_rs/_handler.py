@@ -70,7 +70,9 @@ class Handler:
 
     Write `async def command(self, cmd)`: look at `cmd.cdb`, `cmd.data_out` and `cmd.data_in` (`IoVec`s) and return
     None for GOOD (all of `data_in` is sent, if any of it was written), or the number of Data-In bytes that are valid;
-    or raise a `ScsiError`. Task attributes and the initiator are not known to TCMU.
+    or raise a `ScsiError`. Task attributes and the initiator are not known to TCMU; nor is the direction of a command,
+    but by its CDB: touch `data_in` only of commands that have Data-In, for of all others it is their Data-Out, which is
+    zeroed before a view of it is taken for writing.
 
     Attributes:
         api_version: The version of this interface that the class was written for.

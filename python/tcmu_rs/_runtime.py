@@ -72,6 +72,25 @@ def _resume(coroutine: _Coroutine, trap: Any) -> Generator[Any, Any, Any]:
                 return stop.value
 
 
+def _forget(error: BaseException) -> None:
+    """Drops the tracebacks of an exception that is dealt with.
+
+    They hold the frames of the handler, and these may hold views of the command's data; while somebody still has the
+    exception (a thread on its way out, a record in a log, a circle of references) its memory could not be used again.
+    """
+    errors: list[BaseException | None] = [error]
+    seen = set()
+    while errors:
+        this = errors.pop()
+        if this is None or id(this) in seen:
+            continue
+        seen.add(id(this))
+        this.__traceback__ = None
+        errors += [this.__cause__, this.__context__]
+        if isinstance(this, BaseExceptionGroup):
+            errors += this.exceptions
+
+
 class Device:
     """A device that is being served.
 
@@ -108,7 +127,6 @@ class Device:
         self._pending: deque[_native.Command] = deque()
         self._idle: list[trio.lowlevel.Task] = []
         self._scopes: dict[int, trio.CancelScope] = {}
-        self._cancelled: list[tuple[_native.Command, int | None]] = []
         self._workers = 0
         self._running = 0
         self._pumping = False
@@ -244,7 +262,6 @@ class Device:
                 while not self._stopping:
                     with trio.CancelScope() as scope:
                         await self._work(scope)
-                    self._answer_cancelled()
                 # Nobody comes to hand this back while other commands use up the grace period.
                 self._commit()
         finally:
@@ -385,14 +402,16 @@ class Device:
             failure = self._failure(error, verb)
             if self._strict and failure is _BUG:
                 crash = error
+            else:
+                _forget(error)
         except BaseException as error:
-            # Cancelled, by task management or because the device ends: never swallowed. The answer comes when the
-            # scope has let go of the exception, for its traceback keeps the frames that may hold views.
-            self._cancelled.append((cmd, verb))
+            # Cancelled, by task management or because the device ends: never swallowed.
+            failure = _ABORTED
             cancelled = self._only_cancelled(error, verb)
-            if cancelled is error:
-                raise
-            raise cancelled from None
+            if cancelled is not None:
+                _forget(error)
+                raise cancelled from None
+            raise
         finally:
             self._running -= 1
             self._dirty = True
@@ -409,23 +428,17 @@ class Device:
             finally:
                 del crash
 
-    def _only_cancelled(self, error: BaseException, verb: int | None) -> BaseException:
-        """Without what a handler with tasks of its own raised while it was cancelled: a bug of that command."""
-        if self._strict or not isinstance(error, BaseExceptionGroup):
+    def _only_cancelled(self, error: BaseException, verb: int | None) -> BaseException | None:
+        """What is left of a cancellation without the errors of a handler that had tasks of its own; None if more is."""
+        if isinstance(error, trio.Cancelled):
             return error
+        if not isinstance(error, BaseExceptionGroup):
+            return None
         cancelled, rest = error.split(trio.Cancelled)
-        if cancelled is None or not isinstance(rest, ExceptionGroup):
-            return error
-        self._failure(rest, verb)
-        return cancelled
-
-    def _answer_cancelled(self) -> None:
-        while self._cancelled:
-            cmd, verb = self._cancelled.pop()
-            cmd.fail(*_ABORTED)
-            self._dirty = True
-            if cmd.lent:
-                self._keep(cmd, verb)
+        if isinstance(rest, ExceptionGroup) and cancelled is not None and not self._strict:
+            self._failure(rest, verb)
+            rest = None
+        return cancelled if rest is None else None
 
     def _method(self, verb: int | None) -> str:
         if verb is not None:
@@ -449,14 +462,14 @@ class Device:
         writing = verb not in (None, Verb.READ)
         failure = _errors.failure_of(error, writing=writing)
         what = f"{type(self.handler).__name__}.{self._method(verb)}()"
-        # The log gets text only: records are kept, and the frames of a traceback may hold views of the command's data.
         if failure is not None:
-            logger.warning("%s: %s failed: %s", self.name, what, str(error))
+            logger.warning("%s: %s failed: %s", self.name, what, error)
             return failure
         # Once per place: a broken handler must not fill the disk with its tracebacks.
         kind = (what, type(error).__name__)
         if kind not in self._bugs:
             self._bugs.add(kind)
+            # As text: whoever keeps the record would keep the frames, too (see `_forget`).
             text = "".join(traceback.format_exception(error))
             logger.error("%s: %s raised what it must not\n%s", self.name, what, text)
         return _BUG
@@ -503,7 +516,7 @@ class Device:
                     self._free_kept(cmd_id)
                 except OSError as error:
                     # Blocks of the data area are lost then; that is no reason to lose the device.
-                    logger.warning("%s: the buffer of command %d cannot be freed: %s", self.name, cmd_id, str(error))
+                    logger.warning("%s: the buffer of command %d cannot be freed: %s", self.name, cmd_id, error)
 
     # The whole life.
 
@@ -543,7 +556,6 @@ class Device:
     def _close(self) -> None:
         """Answers what was not begun, with a status that makes initiators try again, and lets go of the device."""
         try:
-            self._answer_cancelled()
             for cmd in self._pending:
                 cmd.fail(*_BUSY)
             self._pending.clear()

@@ -24,7 +24,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -183,6 +183,7 @@ impl Device {
                         data_out: AtomicBool::new(false),
                         answered: AtomicBool::new(false),
                         place: Mutex::default(),
+                        outlived_by: AtomicUsize::new(0),
                     });
                     if intercept || self.unit.is_none() {
                         work.push(Work::Command(claim));
@@ -383,6 +384,8 @@ pub struct Claim {
     data_out: AtomicBool,
     answered: AtomicBool,
     place: Mutex<Place>,
+    /// Views that were left at the answer.
+    outlived_by: AtomicUsize,
 }
 
 impl Claim {
@@ -414,6 +417,12 @@ impl Claim {
     #[must_use]
     pub fn is_answered(&self) -> bool {
         self.answered.load(Ordering::Acquire)
+    }
+
+    /// Views that were left when the command was answered, by whatever way that came about.
+    #[must_use]
+    pub fn outlived_by(&self) -> usize {
+        self.outlived_by.load(Ordering::Relaxed)
     }
 
     /// Lets the emulation look at the command.
@@ -566,7 +575,11 @@ impl Claim {
             Closed::Lent { views } => (Ok(Answered::Held { views }), Some(response)),
             Closed::Free | Closed::Already => (complete(response).map(|()| Answered::Sent), None),
         });
-        Ok(answered?)
+        let answered = answered?;
+        if let Answered::Kept { views } | Answered::Held { views } = answered {
+            self.outlived_by.store(views, Ordering::Relaxed);
+        }
+        Ok(answered)
     }
 
     fn response(&self, reply: Reply) -> Response {

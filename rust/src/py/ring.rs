@@ -10,7 +10,7 @@ use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
 
 use super::iovec::IoVec;
 use super::unit::LogicalUnit;
-use crate::device::{Answered, Claim, Device, DeviceError, Started, Work};
+use crate::device::{Claim, Device, DeviceError, Started, Work};
 use crate::mapping::Mapping;
 use crate::scsi::sense::{Sense, SenseKey};
 use crate::scsi::{BlockState, DataBuffer, MediumExtent, Reply, Status, Step, StepBuffer, StepResult, Verb};
@@ -158,7 +158,6 @@ impl Ring {
             scratch: Mutex::new(None),
             extents: Mutex::default(),
             fills_reads: self.fills_reads,
-            lent: Mutex::new(None),
         };
         Bound::new(py, command)
     }
@@ -172,7 +171,6 @@ pub struct Command {
     scratch: Mutex<Option<Py<PyByteArray>>>,
     extents: Mutex<Vec<MediumExtent>>,
     fills_reads: bool,
-    lent: Mutex<Option<Answered>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -188,7 +186,7 @@ impl Command {
 
     fn answer(&self, reply: Reply) -> PyResult<()> {
         self.set(None);
-        *lock(&self.lent) = Some(self.claim.answer(reply)?);
+        self.claim.answer(reply)?;
         Ok(())
     }
 
@@ -340,6 +338,10 @@ impl Command {
     #[pyo3(signature = (data_in = None))]
     fn succeed(&self, data_in: Option<usize>) -> PyResult<()> {
         let whole = if self.claim.is_filled() { self.claim.data_in().len() } else { 0 };
+        // Bytes that are said to be valid and were never written: zeroes, and not what the memory held before.
+        if data_in > Some(0) {
+            self.claim.zero_unless_filled();
+        }
         self.answer(Reply::good(data_in.unwrap_or(whole)))
     }
 
@@ -352,9 +354,6 @@ impl Command {
     /// Views that were left when the command was answered: memory that cannot be used again yet.
     #[getter]
     fn lent(&self) -> usize {
-        match *lock(&self.lent) {
-            Some(Answered::Kept { views } | Answered::Held { views }) => views,
-            _ => 0,
-        }
+        self.claim.outlived_by()
     }
 }
