@@ -56,7 +56,7 @@ format: $(VENV)/develop
 lint: $(VENV)/develop
 	$(BIN)/ruff check .
 	cargo clippy --quiet --all-targets -- -D warnings
-	PYO3_PYTHON=$(abspath $(BIN))/python cargo clippy --quiet --all-targets --features python -- -D warnings
+	PYO3_PYTHON=$(abspath $(BIN))/python cargo clippy --quiet --lib --features python -- -D warnings
 
 types: $(VENV)/develop
 	$(BIN)/mypy

@@ -30,6 +30,7 @@ use crate::ring::lease::{Closed, Lease};
 use crate::ring::parking::Parking;
 use crate::ring::{Buffer, Cdb, CmdId, Entry, Response, Ring, RingError, TaskManagement};
 use crate::scsi::LogicalUnit;
+use crate::scsi::opcodes::{Direction, find};
 use crate::scsi::sense::{Sense, SenseFormat};
 use crate::scsi::{DataBuffer, Next, Reply, Status, Step, Task, Verb};
 
@@ -301,7 +302,9 @@ pub struct Claim {
     lease: Lease,
     /// Every byte of the Data-In was written, by somebody who means it or by a zeroing.
     filled: AtomicBool,
-    /// The main buffer is known to hold Data-Out.
+    /// The main buffer is known to hold Data-Out: zeroing it would cost every write a pass over the memory. Known by
+    /// the CDB, for an entry does not tell: an initiator that announces Data-In for a WRITE is handed what the memory
+    /// held, which is data of this device.
     data_out: AtomicBool,
     answered: AtomicBool,
     task: Mutex<Option<Task>>,
@@ -344,7 +347,7 @@ impl Claim {
     /// [`DeviceError::Ring`] from the answer.
     pub fn start(&self) -> Result<Option<Step>, DeviceError> {
         match &self.device.unit {
-            Some(unit) => self.go_on(unit.start(&self.cdb, &self.data)),
+            Some(unit) => self.go_on(unit.start(&self.cdb, self.emulated_buffer(unit))),
             None => self.answer(Reply::check(Sense::INVALID_OPCODE)).map(|_| None),
         }
     }
@@ -356,8 +359,22 @@ impl Claim {
     pub fn advance(&self, scratch: Option<Vec<u8>>) -> Result<Option<Step>, DeviceError> {
         let task = lock(&self.task).take();
         match (&self.device.unit, task) {
-            (Some(unit), Some(task)) => self.go_on(unit.resume(task, &self.data, scratch)),
+            (Some(unit), Some(task)) => self.go_on(unit.resume(task, self.emulated_buffer(unit), scratch)),
             _ => Ok(None),
+        }
+    }
+
+    /// The buffer for the way that the command's data goes. The fabric may announce both ways for any command; of those
+    /// that are emulated none uses both.
+    fn emulated_buffer(&self, unit: &LogicalUnit) -> &Buffer {
+        match &self.bidi_in {
+            Some(data_in)
+                if find(&self.cdb, unit.capabilities())
+                    .is_ok_and(|command| command.direction() == Direction::In) =>
+            {
+                data_in
+            }
+            _ => &self.data,
         }
     }
 

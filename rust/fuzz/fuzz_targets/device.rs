@@ -15,6 +15,7 @@ use tcmu::device::{Answered, Claim, Device, Work};
 use tcmu::mapping::Mapping;
 use tcmu::ring::Buffer;
 use tcmu::ring::sim::{Completion, Config, Kernel, Request, Ticket};
+use tcmu::scsi::opcodes::{Direction, find};
 use tcmu::scsi::sense::Sense;
 use tcmu::scsi::{
     Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Reply, Status, Step, StepBuffer, Verb,
@@ -194,7 +195,15 @@ impl World {
         }
     }
 
-    fn submit(&mut self, request: Request, transfer: Option<(bool, usize, usize)>) {
+    fn submit(&mut self, mut request: Request, transfer: Option<(bool, usize, usize)>) {
+        // An initiator that announces Data-In for a command with Data-Out is handed what the memory held: an entry
+        // does not tell the direction.
+        if let Some(unit) = self.device.unit()
+            && request.data_out.is_empty()
+            && find(&request.cdb, unit.capabilities()).is_ok_and(|row| row.direction() == Direction::Out)
+        {
+            request.data_out = vec![0; std::mem::take(&mut request.data_in)];
+        }
         let ticket = self.kernel.submit(request.clone());
         self.sent.insert(ticket, Sent { request, transfer, ..Sent::default() });
     }
@@ -333,6 +342,9 @@ impl World {
         assert!(unit.capabilities().write || matches!(step.verb, Verb::Read | Verb::Flush), "{step:?}");
         match &step.buffer {
             StepBuffer::None | StepBuffer::Scratch => {}
+            StepBuffer::Command(at) if step.verb == Verb::Read => {
+                assert!(at + length <= claim.data_in().len(), "{step:?}");
+            }
             StepBuffer::Command(at) => assert!(at + length <= claim.data().len(), "{step:?}"),
             StepBuffer::Owned(bytes) => assert_eq!(bytes.len(), length),
         }
@@ -358,7 +370,7 @@ impl World {
             (Verb::Flush, _) => {}
             (Verb::Read, StepBuffer::Command(at)) => {
                 let bytes = self.disk[range].to_vec();
-                claim.data().write(at, &bytes);
+                claim.data_in().write(at, &bytes);
                 claim.set_filled();
                 if let Some(ticket) = self.kernel.ticket(claim.id().0)
                     && let Some(sent) = self.sent.get_mut(&ticket)
@@ -455,7 +467,6 @@ impl World {
         assert_eq!(completion.sense.is_empty(), completion.status != 2);
         if completion.status == 0
             && let Some(read) = &sent.read
-            && sent.request.data_out.is_empty()
         {
             let (data, rest) = completion.data_in.split_at(read.len());
             assert_eq!(data, read);
