@@ -4,7 +4,7 @@
     python -m tests.demo --lab     in the guest in any case
     python -m tests.demo --here    here, or not at all
 
-Exit code 0 if everything went well, 1 if not. Leaves nothing behind.
+Exit code 0 if everything went well, 1 if not.
 """
 
 from __future__ import annotations
@@ -55,21 +55,32 @@ class Narrator:
         self._console = console
         self._step = 0
 
+    def say(self, text: str, style: str = "") -> None:
+        """Prints a text as it is."""
+        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes another process that writes to the same place, though through a pipe, write in the same style."""
+        if not self._console.is_terminal:
+            return {}
+        return {"FORCE_COLOR": "1", "COLUMNS": str(self._console.width), "TERM": os.environ.get("TERM", "linux")}
+
     @contextmanager
     def step(self, what: str, command: str = "", total: float | None = None) -> Iterator[Callable[[float], None]]:
         """Announces a step and times it. What the block raises has failed; it may report progress towards `total`."""
         self._step += 1
-        self._print(f"[bold]{self._step:3}. {what}[/bold]")
+        self.say(f"{self._step:3}. {what}", "bold")
         if command:
-            self._print(f"{_INDENT}[cyan]$ {command}[/cyan]")
+            self.say(f"{_INDENT}$ {command}", "cyan")
         started = time.monotonic()
         with self.progress("", total) as advance:
             yield advance
-        self._print(f"{_INDENT}[green]done[/green] in {time.monotonic() - started:.1f} s")
+        self.say(f"{_INDENT}done in {time.monotonic() - started:.1f} s", "green")
 
     def result(self, text: str) -> None:
         """Says what the step before has shown."""
-        self._print(_INDENT + text)
+        self.say(_INDENT + text)
 
     @contextmanager
     def progress(self, what: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
@@ -80,7 +91,7 @@ class Narrator:
         columns = [TextColumn(f"{_INDENT}{what}"), SpinnerColumn(), TimeElapsedColumn()]
         if total is not None:
             columns += [BarColumn(), TaskProgressColumn()]
-        with Progress(*columns, console=self._console, transient=True) as bars:
+        with Progress(*columns, console=self._console, transient=True, refresh_per_second=4) as bars:
             task = bars.add_task("", total=total)
             yield lambda completed: bars.update(task, completed=completed)
 
@@ -94,9 +105,6 @@ class Narrator:
                 self.result(f"{min(completed / total, 1):.0%}")
 
         return advance
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 class Demo:
@@ -161,7 +169,7 @@ class Demo:
             )
             equal = checked.read_text().count(": OK\n")
             if equal != count:
-                raise Failed(f"{equal} of {count} files were compared:\n{checked.read_text()}")
+                raise Failed(f"only {equal} of {count} files were compared")
             self._narrator.result(f"{equal} files are equal")
         self._detach(server)
         said = self._command("Nothing is left in the kernel", ["tcmu-rs", "list"])
@@ -223,7 +231,11 @@ class Demo:
                 process.kill()
                 process.wait()
             if process.returncode:
-                text = said.read_text(errors="replace") + errors.read_text(errors="replace")
+                lines = [
+                    *said.read_text(errors="replace").splitlines(),
+                    *errors.read_text(errors="replace").splitlines(),
+                ]
+                text = "\n".join(line for line in lines if not line.endswith(": OK"))
                 raise Failed(f"{shown}\nended with exit code {process.returncode} and said:\n{text}")
         return said.read_text() if output is None else ""
 
@@ -304,39 +316,31 @@ def why_not_here() -> str | None:
     return None
 
 
-def run_here(console: Console) -> int:
+def run_here(narrator: Narrator) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="demo-") as directory:
         try:
-            shown = Demo(Narrator(console), Path(directory)).run()
+            shown = Demo(narrator, Path(directory)).run()
         except Failed as failure:
-            console.print(f"\nFAILED: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+            narrator.say(f"\nFAILED: {failure}", "red")
             kernel = subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout.splitlines()
-            console.print("The kernel said last:", *kernel[-20:], sep="\n", markup=False, highlight=False)
+            narrator.say("\n".join(["The kernel said last:", *kernel[-20:]]))
             return 1
-    console.print(
-        f"\n[bold green]SUCCESS[/bold green] in {time.monotonic() - started:.0f} s. {shown}.", highlight=False
-    )
+    narrator.say(f"\nSUCCESS in {time.monotonic() - started:.0f} s. {shown}.", "bold green")
     return 0
 
 
-def run_in_lab(console: Console) -> int:
-    narrator = Narrator(console)
+def run_in_lab(narrator: Narrator) -> int:
     try:
         provision = provide(install=False)
     except MissingError as missing:
-        console.print(f"Installing QEMU and Debian's kernel, once ({missing.piece}) …", markup=False, soft_wrap=True)
+        narrator.say(f"Installing QEMU and Debian's kernel, once ({missing.piece} is missing) …")
         with narrator.progress("installing"):
             subprocess.run([sys.executable, *INSTALL_COMMAND.split()[1:]], check=True)
         provision = provide(install=False)
 
-    console.print(
-        f"Booting Debian's kernel {provision.kernel.release} in QEMU, without hardware acceleration: all takes"
-    )
-    console.print("about fifteen times as long as on a machine of its own.")
-    environment = {"LC_ALL": "C.UTF-8"}
-    if console.is_terminal:
-        environment |= {"FORCE_COLOR": "1", "COLUMNS": str(console.width), "TERM": os.environ.get("TERM", "linux")}
+    kernel = f"Debian's kernel {provision.kernel.release} in QEMU"
+    narrator.say(f"Booting {kernel}, which is about fifteen times slower than this machine …")
     with ExitStack() as booting:
         booting.enter_context(narrator.progress("booting"))
 
@@ -345,11 +349,11 @@ def run_in_lab(console: Console) -> int:
             sys.stdout.buffer.write(output)
             sys.stdout.buffer.flush()
 
-        job = "echo; exec python -m tests.demo --here"
-        with Machine(job, timeout=3600, env=environment, on_output=show, provision=provision) as machine:
+        job = "exec python -m tests.demo --here"
+        with Machine(job, timeout=3600, env=narrator.environment, on_output=show, provision=provision) as machine:
             result = machine.wait()
     if result.returncode is None or result.kernel_faults:
-        console.print(result.report(), markup=False, highlight=False)
+        narrator.say(f"FAILED: {result.report()}", "red")
         return 1
     return result.returncode
 
@@ -360,22 +364,22 @@ def main() -> int:
     where.add_argument("--here", action="store_true", help="on this machine's kernel")
     where.add_argument("--lab", action="store_true", help="in the lab's guest, though this machine's kernel may do")
     arguments = parser.parse_args()
-    console = Console()
-    reason = None if arguments.lab else why_not_here()
-    if arguments.here and reason:
-        console.print(f"FAILED: this machine cannot serve disks: {reason} (tcmu-rs doctor tells more)", markup=False)
-        return 1
+    narrator = Narrator(Console())
     try:
-        if not arguments.lab and not reason:
-            return run_here(console)
-        if reason:
-            console.print(f"This machine's kernel cannot serve disks ({reason}).", markup=False, soft_wrap=True)
-        return run_in_lab(console)
+        if arguments.lab:
+            return run_in_lab(narrator)
+        if (reason := why_not_here()) is None:
+            return run_here(narrator)
+        narrator.say(f"This machine cannot serve disks by itself ({reason}).")
+        if arguments.here:
+            narrator.say("`tcmu-rs doctor` says how to mend that.")
+            return 1
+        return run_in_lab(narrator)
     except KeyboardInterrupt:
-        console.print("\ninterrupted")
+        narrator.say("\ninterrupted")
         return 130
     except (LabError, subprocess.CalledProcessError) as error:
-        console.print(f"FAILED: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        narrator.say(f"FAILED: {error}", "red")
         return 1
 
 

@@ -62,4 +62,4 @@ def test_an_initiator_finds_the_disk_over_iscsi() -> None:
         assert re.search(r"Vendor:tcmu-rs\b", report)
         assert "Peripheral Device Type:DIRECT_ACCESS" in report
         assert "Total size:67108864\n" in run("iscsi-readcapacity16", unit)
-        run("iscsi-test-cu", "--dataloss", "--test", "SCSI.Read10.Simple,SCSI.Write10.Simple", unit)
+        run("iscsi-test-cu", "--dataloss", "--test", "SCSI.Write10.Simple", unit)
