@@ -15,6 +15,7 @@ from tcmu_rs import IoVec
 from tcmu_rs.testing import simulated
 
 from .disks import BLOCK, GOOD, AsyncDisk, BlockingDisk, PlainDisk, Storage, read16, write16
+from .conftest import Log
 from .test_runtime import leaves
 
 

@@ -18,7 +18,8 @@ use tcmu::ring::sim::{Completion, Config, Kernel, Request, Ticket};
 use tcmu::scsi::opcodes::{Direction, find};
 use tcmu::scsi::sense::Sense;
 use tcmu::scsi::{
-    Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Reply, Status, Step, StepBuffer, StepResult, Verb,
+    Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Reply, Status, Step, StepBuffer, StepResult,
+    Verb,
 };
 
 const BLOCK: usize = 512;
@@ -234,7 +235,9 @@ impl World {
             Action::Drain { limit, intercept } => self.drain(limit.into(), intercept),
             Action::Step(which) => self.step(which),
             Action::Answer { which, status, data_in } => {
-                if let Some(index) = pick(&self.running, which) {
+                if let Some(index) = pick(&self.running, which)
+                    && !self.running[index].claim.is_answered()
+                {
                     let Running { claim, .. } = self.running.swap_remove(index);
                     let status = Status::from_code(status).unwrap_or(Status::CheckCondition);
                     let sense = (status == Status::CheckCondition).then_some(Sense::ABORTED_COMMAND);
@@ -265,7 +268,9 @@ impl World {
                 }
             }
             Action::View(which) => {
-                if let Some(index) = pick(&self.running, which) {
+                if let Some(index) = pick(&self.running, which)
+                    && !self.running[index].claim.is_answered()
+                {
                     let claim = &self.running[index].claim;
                     assert!(claim.lend(), "there is no answer yet");
                     self.views.push((claim.clone(), None));
@@ -276,7 +281,10 @@ impl World {
                     self.release(index);
                 }
             }
-            Action::Commit => self.trust(|world| world.device.commit().map_err(drop)),
+            Action::Commit => {
+                self.trust(|world| world.device.commit().map_err(drop));
+                self.take_ready();
+            }
             Action::Reap => self.reap(),
             Action::Process => self.process(),
             Action::Abort { kind, first, count } => {
@@ -315,7 +323,7 @@ impl World {
                 Work::Command(claim) => (claim, None),
                 Work::Step(claim, step) => (claim, Some(step)),
             };
-            if self.trusted {
+            if self.trusted && !claim.is_answered() {
                 let sent = &self.sent[&self.kernel.ticket(claim.id().0).unwrap()];
                 let request = &sent.request;
                 assert!(request.cdb.starts_with(claim.cdb()) || claim.cdb().starts_with(&request.cdb));
@@ -334,6 +342,15 @@ impl World {
                 self.check(&claim, step);
             }
             self.running.push(Running { claim, step });
+        }
+        self.take_ready();
+    }
+
+    /// Commands that waited for the range of another one.
+    fn take_ready(&mut self) {
+        for (claim, step) in self.trust(|world| world.device.take_ready().map_err(drop)) {
+            self.check(&claim, &step);
+            self.running.push(Running { claim, step: Some(step) });
         }
     }
 
@@ -362,7 +379,8 @@ impl World {
     }
 
     fn sent_as(&self, claim: &Claim) -> Option<&Sent> {
-        self.trusted.then(|| &self.sent[&self.kernel.ticket(claim.id().0).unwrap()])
+        // A command that was answered early has no ticket any more, though it goes on.
+        (self.trusted && !claim.is_answered()).then(|| &self.sent[&self.kernel.ticket(claim.id().0).unwrap()])
     }
 
     fn step(&mut self, which: u8) {
@@ -490,6 +508,9 @@ impl World {
                     Some(_) => self.step(0),
                     None => {
                         let claim = self.running.swap_remove(0).claim;
+                        if claim.is_answered() {
+                            continue;
+                        }
                         self.answer(&claim, Reply::check(Sense::ABORTED_COMMAND));
                     }
                 }
