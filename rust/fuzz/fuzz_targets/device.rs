@@ -411,6 +411,7 @@ impl World {
             }
             (Verb::Write, _) => unreachable!("a write has data"),
             (Verb::Discard | Verb::WriteZeroes, _) => self.disk[range].fill(0),
+            (Verb::Extents, _) => unreachable!("this unit cannot tell"),
         }
         let next = claim.advance(scratch).map_err(drop);
         self.go_on(index, &claim, next);
