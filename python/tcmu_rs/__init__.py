@@ -17,6 +17,7 @@ from ._errors import (
     WriteProtected,
 )
 from ._handler import BlockHandler, Handler, Identity, Options, blocking
+from ._layers import Lower
 from ._native import Command, IoVec, __version__, debug_build
 from ._runtime import Device
 
@@ -38,6 +39,7 @@ __all__ = [
     "Identity",
     "IllegalRequest",
     "IoVec",
+    "Lower",
     "MediumError",
     "MediumNotPresent",
     "Miscompare",
