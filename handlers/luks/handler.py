@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,13 +18,15 @@ from tcmu_rs.handlers.file import FileHandler
 
 from . import keys, luks1, luks2
 from ._errors import LuksError
-from .cipher import UNIT, make_cipher, split
+from .cipher import UNIT, check_cipher, make_cipher, split
 from .kdf import Kdf, calibrate, wipe
 from .keys import KeyProvider, Secret
 from .volume import Volume
 
 if TYPE_CHECKING:
     from typing import Self
+
+logger = logging.getLogger(__name__)
 
 STAGE = 1 << 20
 """Bytes that are encrypted at once; larger transfers are done in parts."""
@@ -156,6 +159,7 @@ class LuksHandler(BlockHandler):
         extra = dict(options.extra)
         sector_size = _positive(extra, "sector-size", 4096)
         iter_time = _positive(extra, "iter-time", 1500)
+        check_cipher("aes-xts-plain64", 64, sector_size)
         if options.size % sector_size:
             raise ValueError(f"{options.size} bytes are not a whole number of encryption sectors of {sector_size}")
         path = trio.Path(config)
@@ -231,7 +235,11 @@ class LuksHandler(BlockHandler):
                 await self._header.open()
                 stack.push_async_callback(self._header.aclose)
                 header = self._header
-            volume = parse_header(await _read(header, 0, luks2.MAX_HEADER))
+            data = await _read(header, 0, luks2.MAX_HEADER)
+            volume = parse_header(data)
+            if volume.version == 2:
+                for problem in _problems(data):
+                    logger.warning("%s; the other copy is used (`tcmu-rs check --repair` mends it)", problem)
             self._settle(volume)
             areas = {
                 slot.number: await _read(header, slot.offset, slot.material_size, whole=True)
