@@ -6,6 +6,7 @@ for LUKS2. For LUKS1 it is qemu-io. dm-crypt itself judges in tests/guest/test_l
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -286,7 +287,12 @@ async def test_luks1_of_qemu_both_ways(tmp_path: Path, plain: bytes, options: st
     size = len(plain) + MIB
     objects = ["--object", f"secret,id=s,file={secret}"]
     create = ["qemu-img", "create", "-q", "-f", "luks", *objects, "-o", f"key-secret=s,iter-time=10,{options}"]
-    run(*create, path, str(size))
+    for _ in range(10):
+        with contextlib.suppress(AssertionError):
+            # On a busy machine QEMU now and then cannot measure how fast it derives keys, and gives up.
+            run(*create, path, str(size))
+            break
+        path.unlink(missing_ok=True)
     opts = f"driver=luks,key-secret=s,file.filename={path}"
     run("qemu-io", *objects, "--image-opts", opts, "-c", f"write -s {pattern} 512 {len(plain)}")
     found = await contents(path, key=b"qemu")

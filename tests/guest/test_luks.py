@@ -8,9 +8,10 @@ import os
 import random
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
@@ -23,6 +24,7 @@ KEY = b"the key\n"
 OFFSET = 16 << 20
 SIZE = 48 << 20
 FAST = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
+T = TypeVar("T")
 CHEAP = kdf.Pbkdf2("sha256", 1000, b"replaced")
 
 
@@ -89,8 +91,8 @@ def sectors(device: str) -> str:
     return hashlib.sha256(Path(device).read_bytes()).hexdigest()
 
 
-async def in_thread(function: object, *arguments: object) -> object:
-    return await trio.to_thread.run_sync(functools.partial(function, *arguments))  # type: ignore[arg-type]
+async def in_thread(function: Callable[..., T], *arguments: object) -> T:
+    return await trio.to_thread.run_sync(functools.partial(function, *arguments))
 
 
 @pytest.mark.parametrize(("sector_size", "block_size"), [(4096, None), (4096, 512), (512, None)])
@@ -133,7 +135,7 @@ async def test_what_dm_crypt_writes_we_read(directory: Path, options: list[str])
         with dm_crypt(path, directory / "key") as theirs:
             return plant(theirs), sectors(theirs)
 
-    planted, expected = await in_thread(make)  # type: ignore[misc]
+    planted, expected = await in_thread(make)
     handler = LuksHandler(FileHandler(path), lambda _: KEY)
     async with attach(handler, spec=f"luks:{path}") as device:
         assert device.path is not None
@@ -152,7 +154,7 @@ async def test_aes_cbc_essiv_of_dm_crypt_is_read(directory: Path) -> None:
         with dm_crypt(path, directory / "key") as theirs:
             return plant(theirs), sectors(theirs)
 
-    _, expected = await in_thread(make)  # type: ignore[misc]
+    _, expected = await in_thread(make)
     handler = LuksHandler(FileHandler(path, read_only=True), lambda _: KEY, read_only=True)
     async with attach(handler, spec=f"luks:{path}") as device:
         assert device.path is not None
