@@ -477,6 +477,7 @@ def test_luks1_headers() -> None:
         ({"key_bytes": 65}, "520 bits"),
         ({"state": 1}, "keyslot 0 is damaged"),
         ({"stripes": 1}, "1 stripes"),
+        ({"payload": 1}, "inside it"),
         ({"material": 0}, "outside"),
         ({"material": 4095}, "outside"),
         ({"slot_iterations": 0}, "0 iterations"),
@@ -688,6 +689,17 @@ async def test_a_detached_header() -> None:
     assert block == b"y" * 4096
 
 
+async def test_a_detached_header_alone_is_no_disk() -> None:
+    header = resealed(change(*SEGMENT, "offset", to="0"))
+    memory = Memory(bytearray(header) + bytearray(OFFSET))
+    with pytest.raises(LuksError, match="detached header"):
+        await LuksHandler(memory, key).open()
+    assert memory.calls == []
+    # With its data it is one, from the first byte on.
+    async with LuksHandler(Memory(bytearray(8192)), key, header=memory) as disk:
+        assert disk.size == 8192
+
+
 async def test_key_providers_of_both_colours_and_what_they_are_told() -> None:
     asked: list[str] = []
     secret = bytearray(PASSPHRASE)
@@ -784,6 +796,7 @@ def test_create_with_several_key_files(tmp_path: Path) -> None:
     assert list(found["keyslots"]) == ["0", "1"]
     assert found["keyslots"]["0"].startswith("argon2id, ")
     assert (found["cipher"], found["key bits"], found["sector size"]) == ("aes-xts-plain64", 512, 4096)
+    assert (found["data offset"], found["data size"]) == (OFFSET, MIB)
     assert "keyslots 1: argon2id" in run("info", f"luks:{path}").stdout
     for key_file in (first, second):
 

@@ -155,7 +155,8 @@ class LuksHandler(BlockHandler):
         _check_path(config)
         if options.block_size is not None:
             raise ValueError("a container has no logical blocks: choose -o sector-size, or --block-size at attach")
-        assert options.size is not None
+        if options.size is None:
+            raise ValueError(f"luks:{config} has to be made: how large? add --size, such as --size 10G")
         extra = dict(options.extra)
         sector_size = _positive(extra, "sector-size", 4096)
         iter_time = _positive(extra, "iter-time", 1500)
@@ -199,6 +200,8 @@ class LuksHandler(BlockHandler):
             data = await _read(lower, 0, luks2.MAX_HEADER)
             volume = parse_header(data)
             described = describe(volume)
+            if volume.size is None and volume.offset:
+                described["data size"] = lower.size - volume.offset
             if volume.version == 2:
                 described["header"] = _copies(data)
             return described
@@ -279,6 +282,10 @@ class LuksHandler(BlockHandler):
         # What is written at once: no part of an encryption sector, and no part of a block below.
         unit = max(volume.sector_size, lower.block_size)
         size = lower.size - volume.offset if volume.size is None else volume.size
+        if not volume.offset and self._header is None:
+            raise LuksError(
+                "this is a detached header: its data is elsewhere (-o header=PATH, and the data as the disk)"
+            )
         if size <= 0 or volume.offset + size > lower.size:
             raise LuksError(
                 f"the container is cut off: its data begins at {volume.offset}, the storage has {lower.size}"

@@ -31,6 +31,9 @@ def parse(data: bytes) -> Volume:
     _, _, name, mode, hash_spec, payload, key_size, digest, digest_salt, iterations, uuid = _HEADER.unpack_from(data)
     cipher = f"{printable(name)}-{printable(mode)}"
     algorithm = printable(hash_spec)
+    # None at all is that of a detached header.
+    if 0 < payload * UNIT < SIZE:
+        raise LuksError("the LUKS1 header is damaged: the data lies inside it")
     slots = []
     for number in range(_KEYSLOTS):
         state, slot_iterations, salt, material, stripes = _KEYSLOT.unpack_from(
