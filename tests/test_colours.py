@@ -14,8 +14,8 @@ import tcmu_rs
 from tcmu_rs import IoVec
 from tcmu_rs.testing import simulated
 
-from .disks import BLOCK, GOOD, AsyncDisk, BlockingDisk, PlainDisk, Storage, read16, write16
 from .conftest import Log
+from .disks import BLOCK, GOOD, AsyncDisk, BlockingDisk, PlainDisk, Storage, read16, write16
 from .test_runtime import leaves
 
 

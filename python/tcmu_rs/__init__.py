@@ -17,6 +17,7 @@ from ._errors import (
     WriteProtected,
 )
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
+from ._layers import Lower
 from ._native import Command, IoVec, __version__, debug_build
 from ._runtime import Device
 
@@ -39,6 +40,7 @@ __all__ = [
     "Identity",
     "IllegalRequest",
     "IoVec",
+    "Lower",
     "MediumError",
     "MediumNotPresent",
     "Miscompare",
