@@ -298,16 +298,6 @@ class LosesUpdates(AsyncDisk):
         self.data[start:stop] = chunk
 
 
-class MixesBlocks(AsyncDisk):
-    """CONCURRENCY: after writes of the same blocks at once, the block at 0 is what nobody wrote"""
-
-    async def write(self, offset: int, iov: IoVec) -> None:
-        for at in range(0, iov.nbytes, 64):
-            for _ in range(random.randrange(4) if iov.nbytes <= 4 * 512 else 0):
-                await trio.lowlevel.checkpoint()
-            self.store(offset + at, iov.slice(at, min(at + 64, iov.nbytes)))
-
-
 class OnePosition(AsyncDisk):
     """CONCURRENCY: after writes of neighbouring blocks at once"""
 
@@ -420,7 +410,6 @@ BROKEN = [
     CannotReadWhatWasDiscarded,
     Discarded,
     LosesUpdates,
-    MixesBlocks,
     OnePosition,
     FailsAtDepth,
     NeverUnlocks,
