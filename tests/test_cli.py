@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from tcmu_rs import _cli, _devices, _doctor, _lio
 
-COMMANDS = ["attach", "create", "detach", "doctor", "handlers", "list"]
+COMMANDS = ["attach", "check", "create", "detach", "doctor", "handlers", "info", "list"]
 
 
 def run(*arguments: str | Path) -> Result:
@@ -95,6 +95,8 @@ def test_a_wrong_command_line(arguments: list[str], said: str) -> None:
         (["attach", "ram:"], "ram has no size of its own: add --size"),
         (["attach", "file:/no/such/file"], "/no/such/file: "),
         (["create", "ram:", "--size", "1M"], "RamHandler has no storage to create"),
+        (["info", "ram:"], "RamHandler has no info"),
+        (["check", "ram:"], "RamHandler has no check"),
         (["detach", "nothing"], "no device nothing (`tcmu-rs list` shows the devices)"),
     ],
 )

@@ -58,10 +58,10 @@ def test_wheel_and_wheel_from_sdist_have_the_same_files(tmp_path: Path) -> None:
 
 
 def test_handlers_are_importable_as_they_are_installed() -> None:
-    for name in ("file", "ram"):
+    for name in ("file", "luks", "ram"):
         assert importlib.util.find_spec(f"tcmu_rs.handlers.{name}") is not None
     entries = {entry.name: entry for entry in importlib.metadata.entry_points(group="tcmu_rs.handlers")}
-    assert {"file", "ram"} <= set(entries)
+    assert {"file", "luks", "ram"} <= set(entries)
     for entry in entries.values():
         assert issubclass(entry.load(), tcmu_rs.Handler)
 

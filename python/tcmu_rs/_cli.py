@@ -421,6 +421,83 @@ def create(
 
 
 @main.command()
+@_handler_options
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def info(
+    spec: tuple[str, str],
+    handler_class: str | None,
+    extra: Sequence[tuple[str, str]],
+    block_size: str | None,
+    as_json: bool,
+) -> None:
+    """Say what the storage of SPEC is, and serve nothing.
+
+    Changes nothing, and needs no passphrase. Handlers whose storage has nothing to tell do not know this.
+
+    \b
+    Examples:
+      tcmu-rs info luks:/var/tmp/disk.luks
+      tcmu-rs info luks:/var/tmp/disk.luks --json
+    """
+    name, config = spec
+    options = _options(size=None, create=False, read_only=True, block_size=block_size, extra=extra)
+    found = trio.run(_optional_method(name, handler_class, "info"), config, options)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for key, value in found.items():
+        if isinstance(value, dict):
+            for number, text in value.items():
+                print(f"{key} {number}: {text}")
+        else:
+            print(f"{key}: {'-' if value in (None, '') else value}")
+
+
+@main.command()
+@_handler_options
+@click.option("--repair", is_flag=True, help="Mend what can be mended without loss.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def check(
+    spec: tuple[str, str],
+    handler_class: str | None,
+    extra: Sequence[tuple[str, str]],
+    block_size: str | None,
+    repair: bool,
+    as_json: bool,
+) -> None:
+    """Look for damage in the storage of SPEC, and serve nothing.
+
+    Changes nothing without --repair. Exit code 1 if something is, and stays, damaged.
+
+    \b
+    Examples:
+      tcmu-rs check luks:/var/tmp/disk.luks
+      tcmu-rs check luks:/var/tmp/disk.luks --repair       rewrite a damaged header from its copy
+    """
+    name, config = spec
+    options = _options(size=None, create=False, read_only=not repair, block_size=block_size, extra=extra)
+    method = _optional_method(name, handler_class, "check")
+    found = trio.run(functools.partial(method, config, options, repair=repair))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for problem in found["problems"]:
+            print(problem)
+        print("repaired" if found["repaired"] else "in order" if found["ok"] else "damaged")
+    if not found["ok"]:
+        sys.exit(1)
+
+
+def _optional_method(name: str, handler_class: str | None, method: str) -> Any:
+    """A class method that not every handler has: `info(config, options)`, `check(config, options, *, repair)`."""
+    handler = _find_class(name, handler_class)
+    found = getattr(handler, method, None)
+    if found is None:
+        raise ValueError(f"{handler.__name__} has no {method}")
+    return found
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def doctor(as_json: bool) -> None:
     """Say what this machine lacks, and the command that mends it.

@@ -35,6 +35,8 @@ logger = logging.getLogger("tcmu_rs")
 
 BATCH = 64
 """Entries taken from the ring at once; between batches other tasks run."""
+STEPS = 4
+"""Steps of one command between two passes of the loop."""
 LAST_BATCHES = 16
 """Batches of new commands that a device turns away when it ends; an initiator may send them again at once."""
 GRACE = 10.0
@@ -171,11 +173,15 @@ class Device:
             Verb.FLUSH: lambda cmd: (),
             Verb.DISCARD: lambda cmd: (cmd.offset, cmd.length),
             Verb.WRITE_ZEROES: lambda cmd: (cmd.offset, cmd.length),
+            Verb.EXTENTS: lambda cmd: (cmd.offset, cmd.length),
         }
         for verb, name in METHODS.items():
             if has(handler, name):
                 calls[int(verb)] = self._colour(
-                    name, arguments[verb], None, fua=verb == Verb.WRITE and handler.native_fua
+                    name,
+                    arguments[verb],
+                    self._set_extents if verb == Verb.EXTENTS else None,
+                    fua=verb == Verb.WRITE and handler.native_fua,
                 )
         return calls
 
@@ -239,6 +245,9 @@ class Device:
             raise TypeError(f"{type(self.handler).__name__} returned {result!r}: return None or a number of bytes")
         cmd.succeed(result)
 
+    def _set_extents(self, cmd: _native.Command, result: Any) -> None:
+        cmd.set_extents([(int(length), int(state)) for length, state in result])
+
     def _reply_or_emulate(self, cmd: _native.Command, result: Any) -> None:
         if result is NotImplemented:
             cmd.emulate()
@@ -282,6 +291,9 @@ class Device:
                     await trio.lowlevel.cancel_shielded_checkpoint()
                     continue
                 self._commit()
+                waited = False
+                # Commands may have waited for those that are answered now.
+                continue
             waited = False
             if not self._pumping:
                 await self._pump()
@@ -342,6 +354,10 @@ class Device:
         failure: _errors.Failure | None = None
         crash: Exception | None = None
         verb = cmd.verb
+        steps = 0
+        if cmd.answered:
+            # IMMED: the initiator does not wait for what follows.
+            self._commit()
         try:
             while True:
                 call = self._calls.get(verb)
@@ -355,22 +371,31 @@ class Device:
                     except StopIteration as stop:
                         result = stop.value
                     else:
-                        self._scopes[cmd.id] = scope
+                        # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
+                        cmd_id = None if cmd.answered else cmd.id
+                        if cmd_id is not None:
+                            self._scopes[cmd_id] = scope
                         self._call_workers()
                         try:
                             result = await _resume(coroutine, trap)
                         finally:
-                            del self._scopes[cmd.id]
+                            if cmd_id is not None:
+                                del self._scopes[cmd_id]
                     if result is not None:
                         self._check_result(self._method(verb), result)
                     del coroutine
                 if verb is None:
-                    # Answered by now, or left to the emulation, which may want a step done.
-                    if cmd.answered:
+                    # Answered by now, or left to the emulation, which may want a step done, or waits for other
+                    # commands and hands this one out again.
+                    if cmd.verb is None:
                         break
                 elif not cmd.advance():
                     break
                 verb = cmd.verb
+                steps += 1
+                if steps % STEPS == 0:
+                    # A handler that never suspends must not keep the loop for the length of a FORMAT UNIT.
+                    await self._pause(cmd, scope)
         except _errors.DeviceError:
             raise
         except Exception as error:
@@ -420,6 +445,19 @@ class Device:
             return METHODS[Verb(verb)]
         return "scsi_command" if isinstance(self.handler, BlockHandler) else "command"
 
+    async def _pause(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
+        """Lets others run between two steps of a long command."""
+        self._dirty = True
+        cmd_id = None if cmd.answered else cmd.id
+        if cmd_id is not None:
+            self._scopes[cmd_id] = scope
+        self._call_workers()
+        try:
+            await trio.lowlevel.checkpoint()
+        finally:
+            if cmd_id is not None:
+                del self._scopes[cmd_id]
+
     def _failure(self, error: Exception, verb: int | None) -> _errors.Failure:
         writing = verb not in (None, Verb.READ)
         failure = _errors.failure_of(error, writing=writing)
@@ -441,14 +479,17 @@ class Device:
             scope = self._scopes.get(cmd_id)
             if scope is not None:
                 scope.cancel()
-        waiting = [cmd for cmd in self._pending if cmd.id in ids]
+        waiting = [cmd for cmd in self._pending if cmd.id in ids and not cmd.answered]
         for cmd in waiting:
             self._pending.remove(cmd)
             cmd.fail(*_ABORTED)
 
     def _commit(self) -> None:
         self._dirty = False
-        self._ring.commit()
+        if self._ring.commit():
+            # Commands that had to wait for others which are answered now.
+            self._pending.extend(self._ring.ready())
+            self._call_workers()
 
     # Memory that is still looked at after the answer.
 
@@ -518,7 +559,10 @@ class Device:
             for cmd in self._pending:
                 cmd.fail(*_BUSY)
             self._pending.clear()
-            self._ring.commit()
+            # Commands that waited for those come out now, and those that waited for them.
+            while self._ring.commit():
+                for cmd in self._ring.ready():
+                    cmd.fail(*_BUSY)
             for _ in range(LAST_BATCHES):
                 for item in self._ring.drain(BATCH):
                     if isinstance(item, _native.Command):
@@ -551,6 +595,9 @@ def unit_for(handler: BlockHandler, *, serial: str, naa: bytes) -> _native.Logic
         discard=has(handler, "discard"),
         discard_zeroes=handler.discard_zeroes,
         write_zeroes=has(handler, "write_zeroes"),
+        extents=has(handler, "extents"),
+        max_atomic_write=handler.max_atomic_write,
+        removable=handler.removable,
         vendor=identity.vendor,
         product=identity.product,
         revision=identity.revision,

@@ -45,6 +45,7 @@ LAB_PROGRAMS = {
 
 GUEST_PACKAGES = (
     "btrfs-progs",
+    "cryptsetup-bin",
     "e2fsprogs",
     "fio",
     "libiscsi-bin",
