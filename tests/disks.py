@@ -26,6 +26,10 @@ def write16(block: int, blocks: int = 1, *, fua: bool = False) -> bytes:
     return struct.pack(">BBQLBB", 0x8A, 8 if fua else 0, block, blocks, 0, 0)
 
 
+def compare_and_write(block: int) -> bytes:
+    return struct.pack(">BBQ3xBBB", 0x89, 0, block, 1, 0, 0)
+
+
 class Storage(tcmu_rs.BlockHandler):
     """Bytes without the methods that would make them a disk."""
 

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 import tcmu_rs
-from tcmu_rs import Command, IoVec
+from tcmu_rs import Command, ExtentState, IoVec
 from tcmu_rs.testing import BrokenObligation, Obligation, check_block_handler
 
 from .conftest import Log
@@ -33,6 +33,11 @@ class Whole(PlainDisk):
 
     def discard(self, offset: int, length: int) -> None:
         self.data[offset : offset + length] = bytes(length)
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, ExtentState]]:
+        # One block at a time: whoever asks has to ask again.
+        used = any(self.data[offset : offset + self.block_size])
+        return [(self.block_size, ExtentState.MAPPED if used else ExtentState.DEALLOCATED)]
 
     def write_zeroes(self, offset: int, length: int) -> None:
         self.data[offset : offset + length] = bytes(length)
@@ -295,6 +300,34 @@ class Discarded(Whole):
         super().read(offset, iov)
 
 
+class SaysNothing(Whole):
+    """EXTENTS: says nothing of the block at 0"""
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, ExtentState]]:
+        return []
+
+
+class SaysBytes(Whole):
+    """EXTENTS: 100 bytes are not blocks"""
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, ExtentState]]:
+        return [(100, ExtentState.MAPPED)]
+
+
+class SaysNumbers(Whole):
+    """EXTENTS: returned [512]"""
+
+    def extents(self, offset: int, length: int) -> Any:
+        return [512]
+
+
+class SaysThereIsNothing(Whole):
+    """EXTENTS: what was written at 0 is DEALLOCATED"""
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, ExtentState]]:
+        return [(length, ExtentState.DEALLOCATED)]
+
+
 class LosesUpdates(AsyncDisk):
     """CONCURRENCY: after writes of neighbouring blocks at once"""
 
@@ -434,6 +467,10 @@ BROKEN = [
     DiscardsTooMuch,
     CannotReadWhatWasDiscarded,
     Discarded,
+    SaysNothing,
+    SaysBytes,
+    SaysNumbers,
+    SaysThereIsNothing,
     LosesUpdates,
     MixesBlocks,
     OnePosition,

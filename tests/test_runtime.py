@@ -31,6 +31,7 @@ from .disks import (
     Gated,
     PlainDisk,
     Storage,
+    compare_and_write,
     read16,
     write16,
 )
@@ -358,6 +359,26 @@ async def test_what_does_not_finish_in_the_grace_period_is_aborted(autojump_cloc
     statuses = [(await disk.wait(ticket)).status for ticket in (hung, finishing, waiting, late, emulated)]
     assert statuses == [TASK_ABORTED, GOOD, BUSY, BUSY, GOOD]
     assert handler.entered == [0, 1]
+
+
+@pytest.mark.parametrize("count", [2, 3, 100])
+async def test_commands_that_exclude_each_other_are_turned_away_at_the_end(count: int) -> None:
+    """Those that came last waited for one that was turned away, and were not seen again."""
+
+    class Gatekeeper(Gated):
+        def write(self, offset: int, iov: IoVec) -> None:
+            self.store(offset, iov)
+
+    handler = Gatekeeper()
+    async with simulated(handler) as disk:
+        (running,) = submit_reads(disk, 0)
+        await wait_all_tasks_blocked()
+        disk.device.stop()
+        await wait_all_tasks_blocked()
+        late = [disk.submit(compare_and_write(1), bytes(2 * BLOCK)) for _ in range(count)]
+        handler.open_gate(0)
+    assert (await disk.wait(running)).status == GOOD
+    assert {(await disk.wait(ticket)).status for ticket in late} == {BUSY}
 
 
 async def test_the_grace_period_can_be_changed_while_it_runs(autojump_clock: MockClock) -> None:

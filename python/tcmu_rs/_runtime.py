@@ -19,7 +19,7 @@ import os
 import traceback
 import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -355,10 +355,10 @@ class Device:
         crash: Exception | None = None
         verb = cmd.verb
         steps = 0
-        if cmd.answered:
-            # IMMED: the initiator does not wait for what follows.
-            self._commit()
         try:
+            if cmd.answered:
+                # IMMED: the initiator does not wait for what follows.
+                self._commit()
             while True:
                 call = self._calls.get(verb)
                 if call is None:
@@ -556,18 +556,11 @@ class Device:
     def _close(self) -> None:
         """Answers what was not begun, with a status that makes initiators try again, and lets go of the device."""
         try:
-            for cmd in self._pending:
-                cmd.fail(*_BUSY)
+            self._turn_away(self._pending)
             self._pending.clear()
-            # Commands that waited for those come out now, and those that waited for them.
-            while self._ring.commit():
-                for cmd in self._ring.ready():
-                    cmd.fail(*_BUSY)
             for _ in range(LAST_BATCHES):
-                for item in self._ring.drain(BATCH):
-                    if isinstance(item, _native.Command):
-                        item.fail(*_BUSY)
-                self._ring.commit()
+                batch = self._ring.drain(BATCH)
+                self._turn_away([item for item in batch if isinstance(item, _native.Command)])
                 if not self._ring.pending():
                     break
             self._free_released()
@@ -578,6 +571,14 @@ class Device:
             with suppress(_errors.DeviceError):
                 trio.lowlevel.notify_closing(self._ring.fileno())
             self._ring.close()
+
+    def _turn_away(self, commands: Iterable[_native.Command]) -> None:
+        for cmd in commands:
+            cmd.fail(*_BUSY)
+        # Commands that waited for those come out now, and those that waited for them.
+        while self._ring.commit():
+            for cmd in self._ring.ready():
+                cmd.fail(*_BUSY)
 
 
 def unit_for(handler: BlockHandler, *, serial: str, naa: bytes) -> _native.LogicalUnit:

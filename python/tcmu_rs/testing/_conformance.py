@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from .. import _errors
-from .._handler import Colour, check, colour_of, has
+from .._handler import Colour, ExtentState, check, colour_of, has
 from .._native import IoVec
 from .._runtime import naa_of, unit_for
 from ._simulated import SimulatedDisk, simulated
@@ -42,6 +42,7 @@ class Obligation(Enum):
     FUA = "with native_fua, write() has a keyword fua"
     WRITE_ZEROES = "zeroes are what is read after write_zeroes()"
     DISCARD = "a discarded range can be read and written, and is zero if discard_zeroes says so"
+    EXTENTS = "extents() speaks of whole blocks from the offset on, and knows what was written"
     CONCURRENCY = "as many commands as max_in_flight says may run at once"
     CANCEL = "a cancelled command leaves a disk that works"
     DURABLE = "what was flushed is there when the storage is opened again"
@@ -97,6 +98,7 @@ async def check_block_handler(
                 _check_flush,
                 _check_zeroes,
                 _check_discard,
+                _check_extents,
                 _check_concurrency,
                 _check_cancel,
             ):
@@ -136,6 +138,12 @@ class _Subject:
 
     async def call(self, obligation: Obligation, method: str, *args: Any, **keywords: Any) -> None:
         """Calls a method as the runtime does; what it raises breaks `obligation`."""
+        result = await self.ask(obligation, method, *args, **keywords)
+        if result is not None:
+            raise BrokenObligation(Obligation.RESULT, f"{method}() returned {result!r}")
+
+    async def ask(self, obligation: Obligation, method: str, *args: Any, **keywords: Any) -> Any:
+        """The same for a method that has something to say."""
         function: Callable[..., Any] = getattr(self.handler, method)
         if method == "write" and self.handler.native_fua:
             keywords.setdefault("fua", False)
@@ -146,17 +154,16 @@ class _Subject:
             try:
                 match colour_of(function):
                     case Colour.ASYNC:
-                        result = await bound()
+                        return await bound()
                     case Colour.BLOCKING:
-                        result = await trio.to_thread.run_sync(bound)
+                        return await trio.to_thread.run_sync(bound)
                     case Colour.PLAIN:
-                        result = bound()
+                        return bound()
             except Exception as error:
                 raise BrokenObligation(obligation, f"{what} raised {error!r}") from error
-            if result is not None:
-                raise BrokenObligation(Obligation.RESULT, f"{what} returned {result!r}")
-        if scope.cancelled_caught:
-            raise BrokenObligation(obligation, f"{what} did not return in {self._patience} seconds")
+        # Only a call that took too long comes here.
+        assert scope.cancelled_caught
+        raise BrokenObligation(obligation, f"{what} did not return in {self._patience} seconds")
 
     async def read(self, offset: int, length: int, obligation: Obligation = Obligation.FILL) -> bytes:
         data = bytearray([_RUBBISH]) * length
@@ -340,6 +347,44 @@ async def _check_discard(disk: _Subject) -> None:
         await disk.change(Obligation.DISCARD, "discard", offset, length, zero, length)
         data = _bytes(seed, disk.block)
         await disk.change(Obligation.DISCARD, "write", offset, disk.block, data, IoVec([data]))
+
+
+async def _check_extents(disk: _Subject) -> None:
+    if not disk.has("extents"):
+        return
+    unit = max(disk.block, disk.handler.discard_granularity)
+    for seed, (offset, length) in enumerate(disk.ranges(unit)):
+        await disk.write(offset, _bytes(seed, length))
+        for at, _, state in await _extents(disk, offset, length):
+            if state is not ExtentState.MAPPED:
+                raise BrokenObligation(Obligation.EXTENTS, f"what was written at {at} is {state.name}")
+        if disk.has("discard"):
+            await disk.call(Obligation.DISCARD, "discard", offset, length)
+            for at, size, state in await _extents(disk, offset, length):
+                if state is not ExtentState.MAPPED and disk.handler.discard_zeroes:
+                    found = await disk.read(at, size)
+                    disk.expect(Obligation.EXTENTS, f"in what is {state.name} at {at}", at, found, bytes(size))
+
+
+async def _extents(disk: _Subject, offset: int, length: int) -> list[tuple[int, int, ExtentState]]:
+    """Position, length and state of each part of a range."""
+    found: list[tuple[int, int, ExtentState]] = []
+    at = offset
+    while at < offset + length:
+        answer = await disk.ask(Obligation.EXTENTS, "extents", at, offset + length - at)
+        start = at
+        try:
+            for size, state in answer:
+                if size <= 0 or size % disk.block:
+                    raise ValueError(f"{size} bytes are not blocks")
+                size = min(size, offset + length - at)
+                found.append((at, size, ExtentState(state)))
+                at += size
+        except (TypeError, ValueError) as error:
+            raise BrokenObligation(Obligation.EXTENTS, f"extents() at {start} returned {answer!r}: {error}") from error
+        if at == start:
+            raise BrokenObligation(Obligation.EXTENTS, f"extents() says nothing of the block at {start}")
+    return found
 
 
 async def _check_concurrency(disk: _Subject) -> None:
