@@ -1,5 +1,6 @@
 """SCSI devices served to the Linux kernel from Python, under trio."""
 
+from ._attach import AttachedDevice, attach, serve
 from ._errors import (
     Busy,
     DeviceError,
@@ -15,7 +16,8 @@ from ._errors import (
     ScsiError,
     WriteProtected,
 )
-from ._handler import BlockHandler, Handler, Identity, Options, blocking
+from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
+from ._layers import Lower
 from ._native import Command, IoVec, __version__, debug_build
 from ._runtime import Device
 
@@ -25,17 +27,20 @@ if debug_build:
     warnings.warn("tcmu_rs._native is a debug build: many times slower than a release build", stacklevel=2)
 
 __all__ = [
+    "AttachedDevice",
     "BlockHandler",
     "Busy",
     "Command",
     "Device",
     "DeviceError",
     "DeviceRemovedError",
+    "ExtentState",
     "Handler",
     "HardwareError",
     "Identity",
     "IllegalRequest",
     "IoVec",
+    "Lower",
     "MediumError",
     "MediumNotPresent",
     "Miscompare",
@@ -46,5 +51,7 @@ __all__ = [
     "ScsiError",
     "WriteProtected",
     "__version__",
+    "attach",
     "blocking",
+    "serve",
 ]

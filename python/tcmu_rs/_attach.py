@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import trio
 
@@ -46,9 +46,7 @@ class AttachedDevice:
         uio: The device's node and mapping.
     """
 
-    def __init__(
-        self, handler: Handler, backstore: _lio.Backstore, uio: _sysfs.UioDevice, fabric: _lio.Fabric
-    ) -> None:
+    def __init__(self, handler: Handler, backstore: _lio.Backstore, uio: _sysfs.UioDevice, fabric: _lio.Fabric) -> None:
         self.name = backstore.name
         self.handler = handler
         self.size: int = handler.size
@@ -99,9 +97,9 @@ async def attach(
 
     Args:
         handler: What serves the disk. It is opened and closed here.
-        name: Name of the device; derived from `spec` or the handler's class if None. spec: `HANDLER:CONFIG`,
-            which the kernel keeps and `tcmu-rs list` shows. It is a label here, nothing is opened by it.
-            Never put a secret into it.
+        name: Name of the device; derived from `spec` or the handler's class if None.
+        spec: `HANDLER:CONFIG`, which the kernel keeps and `tcmu-rs list` shows. It is a label here, nothing is opened
+            by it. Never put a secret into it.
         fabric: `loopback` for a disk of this machine, `iscsi` for a target of its own, `none` for a backstore
             only.
         wwn: Unit serial number, a UUID; computed from name and spec if None, and so the same each time.
@@ -111,10 +109,10 @@ async def attach(
         max_sectors: Largest transfer that initiators are told, in blocks.
         data_area_mb: Memory that commands in flight may fill, MiB.
         cmd_time_out: Seconds after which the kernel fails a command that was not answered; 0 means never.
-        strict: Let a bug in the handler end the device instead of one command. ready_within: Seconds that the
-            disk may take to become usable. grace: Seconds that writing back and taking away may take with the
-            handler's help. Afterwards, commands in flight are cancelled and what the kernel still held in
-            memory is lost.
+        strict: Let a bug in the handler end the device instead of one command.
+        ready_within: Seconds that the disk may take to become usable.
+        grace: Seconds that writing back and taking away may take with the handler's help. Afterwards, commands in
+            flight are cancelled and what the kernel still held in memory is lost.
 
     Yields:
         The device.
@@ -182,8 +180,7 @@ async def serve(
     strict: bool = False,
     task_status: trio.TaskStatus[AttachedDevice] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Creates backstore `name` and serves it until cancelled. LUNs are made by others, with targetcli for
-    instance.
+    """Creates backstore `name` and serves it until cancelled; others make LUNs of it, with targetcli for instance.
 
     Args:
         handler: What serves the device. It is opened and closed here.
@@ -213,9 +210,7 @@ class _Service:
     is made to fail the commands that nobody will answer, until there is none.
     """
 
-    def __init__(
-        self, device: AttachedDevice, backstore: _lio.Backstore, *, strict: bool, grace: float
-    ) -> None:
+    def __init__(self, device: AttachedDevice, backstore: _lio.Backstore, *, strict: bool, grace: float) -> None:
         self._device = device
         self._backstore = backstore
         self._strict = strict
@@ -237,6 +232,7 @@ class _Service:
                     name=self._device.name,
                     wwn=self._device.wwn,
                     strict=self._strict,
+                    grace=self._grace,
                     # Not through `Nursery.start`: cancelled meanwhile, it would wait for this shielded task
                     # for ever.
                     task_status=self,
@@ -247,9 +243,9 @@ class _Service:
         if not self._server_scope.cancel_called:
             raise _lio.LioError(f"device {self._device.name} was removed by another program")
 
-    def started(self, server: Device) -> None:
-        """Called by the server when commands flow."""
-        self._device._server = server
+    def started(self, value: Any = None) -> None:
+        """Called by the server, with the `Device`, when commands flow."""
+        self._device._server = value
         self._started.set()
 
     async def wait_started(self) -> None:
@@ -264,8 +260,7 @@ class _Service:
                 _log.error("%s: commands wait for their time-out: %s", self._device.name, error)
 
     async def expose(self, how: Callable[[], _lio.Exposure]) -> None:
-        """Makes the LUN. Once begun it is finished, also when cancelled: `take_down` must know what there
-        is."""
+        """Makes the LUN; finished once begun, also when cancelled: `take_down` must know what there is."""
         self._no_lun.clear()
         try:
             self._exposure = await _blocking(how)
@@ -276,14 +271,24 @@ class _Service:
 
     async def take_down(self) -> None:
         """Removes the LUN with the server's help, then ends the server. The caller shields it."""
+        try:
+            await self._take_down_lun()
+        finally:
+            self._server_scope.cancel()
+
+    async def _take_down_lun(self) -> None:
         async with trio.open_nursery() as nursery:
             withdrawn = trio.Event()
             nursery.start_soon(self._withdraw, withdrawn)
             with trio.move_on_after(self._grace):
                 await _first(withdrawn, self._device._hurry)
-            if not withdrawn.is_set():
+            if withdrawn.is_set():
+                # There may be LUNs of other programs: to them the device is busy from now on, not silent.
+                await _blocking(_lio.block, self._backstore)
+            else:
                 _log.warning("%s: not idle in time, its commands are cancelled", self._device.name)
-            self._server_scope.cancel()
+                # With them, whatever the removal of the LUN waits for.
+                self._server_scope.cancel()
 
     async def _withdraw(self, withdrawn: trio.Event) -> None:
         try:
@@ -309,8 +314,10 @@ async def _opened(handler: Handler, grace: float) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        with trio.move_on_after(grace, shield=True):
+        with trio.move_on_after(grace, shield=True) as patience:
             await handler.__aexit__(*sys.exc_info())
+        if patience.cancelled_caught:
+            _log.error("%s: closing took longer than %g s and was given up", _class_name(handler), grace)
 
 
 async def _blocking(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -371,6 +378,4 @@ async def _wait_usable(device: AttachedDevice, within: float) -> str:
                 return path
             why = reason
             await trio.sleep(min(0.005 * 1.5**attempt, 0.1))
-    raise _lio.LioError(
-        f"device {device.name} is not usable after {within:g} s: {why}", "`dmesg` may say why"
-    )
+    raise _lio.LioError(f"device {device.name} is not usable after {within:g} s: {why}", "`dmesg` may say why")

@@ -49,8 +49,7 @@ def _key_value(text: str) -> tuple[str, str]:
 
 
 class _Commands(click.Group):
-    """Says in one line what went wrong: `error: what (remedy)`. Exit code 1, or 2 for a wrong command
-    line."""
+    """Says what went wrong in one line, `error: what (remedy)`; exit code 1, or 2 for a wrong usage."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs a command and exits."""
@@ -91,9 +90,7 @@ def _messages(error: BaseException) -> Iterator[str]:
         yield f"{type(error).__name__}: {error} (`tcmu-rs --debug ...` shows where)"
 
 
-@click.group(
-    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="tcmu-rs", prog_name="tcmu-rs")
 @click.option("--debug", is_flag=True, help="Log everything, and show where an error comes from.")
 def main(debug: bool) -> None:
@@ -177,14 +174,10 @@ def _options(
 @click.option("--create", is_flag=True, help="Create what the disk is stored in, if it is not there yet.")
 @click.option("--read-only", is_flag=True, help="Refuse writes.")
 @click.option("--name", help="Name of the device.  [default: from SPEC]")
-@click.option(
-    "--fabric", type=click.Choice(["loopback", "iscsi", "none"]), default="loopback", show_default=True
-)
+@click.option("--fabric", type=click.Choice(["loopback", "iscsi", "none"]), default="loopback", show_default=True)
 @click.option("--iqn", help="Name of the iSCSI target.  [default: computed]")
 @click.option("--portal", default="127.0.0.1:3260", show_default=True, help="Where the iSCSI target listens.")
-@click.option(
-    "--allow-network", is_flag=True, help="Let other machines reach the portal. There is no password."
-)
+@click.option("--allow-network", is_flag=True, help="Let other machines reach the portal. There is no password.")
 @click.option("--wwn", help="Serial number of the disk, a UUID.  [default: computed from name and SPEC]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def attach(
@@ -257,10 +250,49 @@ async def _serve_until_signal(attaching: Callable[[], Any], announce: Callable[[
 
 
 @main.command()
+@click.argument("names", nargs=-1, metavar="[HANDLER]...")
+@click.option("--replies", is_flag=True, help="Let the kernel wait for us when devices are made: see below.")
+def daemon(names: Sequence[str], replies: bool) -> None:
+    """Serve the devices that targetcli and other programs make.
+
+    Serves every user-backed device whose configuration begins with one of the HANDLERs (all that are installed, if
+    none is given), those that are there and those to come, until SIGINT or SIGTERM. Devices of other handlers are
+    left alone. When the daemon ends, its devices stay and are blocked: initiators are told that they are busy until a
+    daemon serves them again.
+
+    With --replies the kernel waits for an answer when a device is made, so that one whose storage cannot be opened is
+    refused at once. The switch holds for the whole machine, and outlives the daemon: while it is on, whoever makes a
+    device that no daemon serves waits for ever.
+
+    \b
+    Examples:
+      tcmu-rs daemon
+      tcmu-rs daemon file --replies
+      targetcli /backstores/user:file create disk1 10G /var/tmp/disk.img
+    """
+    from ._daemon import Daemon, serving
+
+    handlers = {name: _registry.load(name) for name in names} if names else _installed()
+
+    def announce(_: Daemon) -> None:
+        print(f"serving devices of {', '.join(handlers)}", flush=True)
+
+    trio.run(_serve_until_signal, functools.partial(serving, handlers, replies=replies), announce)
+
+
+def _installed() -> dict[str, Any]:
+    found = {}
+    for name in _registry.providers():
+        try:
+            found[name] = _registry.load(name)
+        except _registry.RegistryError as error:
+            _log.warning("left out: %s", error)
+    return found
+
+
+@main.command()
 @click.argument("name")
-@click.option(
-    "--force", is_flag=True, help="Although the disk is in use, or a program of your own serves it."
-)
+@click.option("--force", is_flag=True, help="Although the disk is in use, or a program of your own serves it.")
 @click.option(
     "--timeout",
     default=60.0,
@@ -332,7 +364,7 @@ def handlers(as_json: bool) -> None:
         for offer in offers:
             about = ""
             try:
-                about = (offer.load().__doc__ or "").strip().partition("\n")[0]
+                about = _first_line(offer.load())
             except _registry.RegistryError as error:
                 problem = str(error)
             rows.append(
@@ -361,11 +393,15 @@ def handlers(as_json: bool) -> None:
     )
 
 
+def _first_line(handler: type[Any]) -> str:
+    """What a handler is, in the words of its module or else its class."""
+    text = sys.modules[handler.__module__].__doc__ or handler.__doc__ or ""
+    return text.strip().partition("\n")[0]
+
+
 @main.command()
 @_handler_options
-@click.option(
-    "--size", type=_size, metavar="SIZE", required=True, help="Size of the disk: bytes, or as in 512M, 10G."
-)
+@click.option("--size", type=_size, metavar="SIZE", required=True, help="Size of the disk: bytes, or as in 512M, 10G.")
 def create(
     spec: tuple[str, str],
     handler_class: str | None,
@@ -382,6 +418,83 @@ def create(
     name, config = spec
     options = _options(size=size, create=True, read_only=False, block_size=block_size, extra=extra)
     trio.run(_find_class(name, handler_class).create, config, options)
+
+
+@main.command()
+@_handler_options
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def info(
+    spec: tuple[str, str],
+    handler_class: str | None,
+    extra: Sequence[tuple[str, str]],
+    block_size: str | None,
+    as_json: bool,
+) -> None:
+    """Say what the storage of SPEC is, and serve nothing.
+
+    Changes nothing, and needs no passphrase. Handlers whose storage has nothing to tell do not know this.
+
+    \b
+    Examples:
+      tcmu-rs info luks:/var/tmp/disk.luks
+      tcmu-rs info luks:/var/tmp/disk.luks --json
+    """
+    name, config = spec
+    options = _options(size=None, create=False, read_only=True, block_size=block_size, extra=extra)
+    found = trio.run(_optional_method(name, handler_class, "info"), config, options)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for key, value in found.items():
+        if isinstance(value, dict):
+            for number, text in value.items():
+                print(f"{key} {number}: {text}")
+        else:
+            print(f"{key}: {'-' if value in (None, '') else value}")
+
+
+@main.command()
+@_handler_options
+@click.option("--repair", is_flag=True, help="Mend what can be mended without loss.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def check(
+    spec: tuple[str, str],
+    handler_class: str | None,
+    extra: Sequence[tuple[str, str]],
+    block_size: str | None,
+    repair: bool,
+    as_json: bool,
+) -> None:
+    """Look for damage in the storage of SPEC, and serve nothing.
+
+    Changes nothing without --repair. Exit code 1 if something is, and stays, damaged.
+
+    \b
+    Examples:
+      tcmu-rs check luks:/var/tmp/disk.luks
+      tcmu-rs check luks:/var/tmp/disk.luks --repair       rewrite a damaged header from its copy
+    """
+    name, config = spec
+    options = _options(size=None, create=False, read_only=not repair, block_size=block_size, extra=extra)
+    method = _optional_method(name, handler_class, "check")
+    found = trio.run(functools.partial(method, config, options, repair=repair))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for problem in found["problems"]:
+            print(problem)
+        print("repaired" if found["repaired"] else "in order" if found["ok"] else "damaged")
+    if not found["ok"]:
+        sys.exit(1)
+
+
+def _optional_method(name: str, handler_class: str | None, method: str) -> Any:
+    """A class method that not every handler has: `info(config, options)`, `check(config, options, *, repair)`."""
+    handler = _find_class(name, handler_class)
+    found = getattr(handler, method, None)
+    if found is None:
+        raise ValueError(f"{handler.__name__} has no {method}")
+    return found
 
 
 @main.command()
@@ -402,9 +515,7 @@ def doctor(as_json: bool) -> None:
         print(json.dumps({"ok": ok, "checks": [asdict(check) for check in checks]}, indent=2))
     else:
         for check in checks:
-            word, color = (
-                ("ok", "green") if check.ok else ("MISSING", "red") if check.needed else ("missing", "yellow")
-            )
+            word, color = ("ok", "green") if check.ok else ("MISSING", "red") if check.needed else ("missing", "yellow")
             click.echo(f"{click.style(f'{word:8}', fg=color)}{check.name}: {check.found}")
             if check.remedy:
                 click.echo(f"        {check.remedy}")

@@ -25,9 +25,9 @@ class Device:
         config: The rest, without escapes.
         size: Bytes.
         fabrics: Fabrics that offer it, whoever made the LUNs.
-        pid: Process that serves it; None if there is none, or if the caller may not see it. state: `serving`;
-            `unserved`: its process is gone; `blocked`: the kernel answers "busy" for it; `incomplete`: never
-            enabled; `unknown`: only root can tell.
+        pid: Process that serves it; None if there is none, or if the caller may not see it.
+        state: `serving`; `unserved`: its process is gone; `blocked`: the kernel answers "busy" for it; `incomplete`:
+            never enabled; `unknown`: only root can tell.
         configfs: The backstore's directory.
     """
 
@@ -45,7 +45,7 @@ class Device:
 def devices() -> list[Device]:
     """Lists the user backstores of all programs, by name."""
     uio = {(device.hba, device.name): device for device in _sysfs.scan()}
-    pids = _sysfs.serving_pids()
+    pids = _sysfs.serving_pids(uio.values())
     luns = _lio.luns()
     return sorted(
         (
@@ -56,9 +56,7 @@ def devices() -> list[Device]:
     )
 
 
-def _device(
-    backstore: _lio.Backstore, uio: _sysfs.UioDevice | None, pids: dict[int, int], luns: list[Path]
-) -> Device:
+def _device(backstore: _lio.Backstore, uio: _sysfs.UioDevice | None, pids: dict[int, int], luns: list[Path]) -> Device:
     pid = pids.get(uio.minor) if uio else None
     if uio is None:
         state = "incomplete"
@@ -94,8 +92,9 @@ def detach(name: str, *, force: bool, within: float) -> None:
     """Takes a device away: has its process end, or removes what a dead process left.
 
     Args:
-        name: Name of the backstore. force: Do it although the disk is in use, or although a program serves it
-            that is not `tcmu-rs attach`, or that serves other devices too. That program ends.
+        name: Name of the backstore.
+        force: Do it although the disk is in use, or although a program serves it that is not `tcmu-rs attach` or
+            serves other devices too. That program ends.
         within: Seconds that the process may take.
 
     Raises:
@@ -114,9 +113,8 @@ def detach(name: str, *, force: bool, within: float) -> None:
 
 
 def _end_server(uio: _sysfs.UioDevice, backstore: _lio.Backstore, *, force: bool, within: float) -> bool:
-    """Ends the process that serves a device. Returns whether the device is gone, False if it was left
-    behind."""
-    pid = _sysfs.serving_pids().get(uio.minor)
+    """Ends the process that serves a device. Returns whether the device went with it."""
+    pid = _sysfs.serving_pids([uio]).get(uio.minor)
     if pid is None:
         _check_unserved(uio)
         return False
@@ -126,7 +124,7 @@ def _end_server(uio: _sysfs.UioDevice, backstore: _lio.Backstore, *, force: bool
     except ProcessLookupError:
         return False
     try:
-        served = [minor for minor, server in _sysfs.serving_pids().items() if server == pid]
+        served = [minor for minor, server in _sysfs.serving_pids(_sysfs.scan()).items() if server == pid]
         if uio.minor not in served:
             return False
         if not force:

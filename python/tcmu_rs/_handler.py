@@ -70,7 +70,9 @@ class Handler:
 
     Write `async def command(self, cmd)`: look at `cmd.cdb`, `cmd.data_out` and `cmd.data_in` (`IoVec`s) and return
     None for GOOD (all of `data_in` is sent, if any of it was written), or the number of Data-In bytes that are valid;
-    or raise a `ScsiError`. Task attributes and the initiator are not known to TCMU.
+    or raise a `ScsiError`. Task attributes and the initiator are not known to TCMU; nor is the direction of a command,
+    but by its CDB: touch `data_in` only of commands that have Data-In, for of all others it is their Data-Out, which is
+    zeroed before a view of it is taken for writing.
 
     Attributes:
         api_version: The version of this interface that the class was written for.
@@ -134,6 +136,10 @@ class BlockHandler(Handler):
     `write_zeroes(self, offset, length)`
         The range reads as zeroes from now on. **If omitted**, or with `can_write_zeroes` False: `write` is called
         with zeroes.
+    `extents(self, offset, length)`
+        Which parts of the range have storage: a sequence of pairs, length in bytes and `ExtentState`, from `offset` on.
+        It may end early, after one block at least. Of a block that is only partly free nothing is. **If omitted**, or
+        with `can_extents` False: all of the disk is said to be in use.
     `scsi_command(self, cmd)`
         Asked first about every command; as `Handler.command`, or return `NotImplemented` to leave it to the
         emulation.
@@ -151,11 +157,15 @@ class BlockHandler(Handler):
         physical_block_size: Bytes that the storage writes at once, for the initiator to align to.
         read_only: Refuse every change, `write` or not.
         rotational: Whether nearby blocks are cheaper than distant ones.
+        removable: Whether initiators may eject the disk, and load it again.
         native_fua: `write` has the keyword `fua`.
         fills_reads: `read` promises to have written every byte of `iov` if it returns. Without the promise the memory
             is zeroed before a view of it is taken.
         can_discard: Refines the presence of `discard`.
         can_write_zeroes: Refines the presence of `write_zeroes`.
+        can_extents: Refines the presence of `extents`.
+        max_atomic_write: `write` of up to so many bytes is stored whole or not at all, even if the power fails; 0 if
+            nothing is promised, and then initiators are not offered WRITE ATOMIC.
         discard_zeroes: A discarded range reads as zeroes (LBPRZ).
         discard_granularity: Bytes below which a discard frees nothing; 0 for one block.
         identity: How the disk introduces itself.
@@ -164,13 +174,27 @@ class BlockHandler(Handler):
     physical_block_size: int | None = None
     read_only: bool = False
     rotational: bool = False
+    removable: bool = False
     native_fua: bool = False
     fills_reads: bool = False
     can_discard: bool = True
     can_write_zeroes: bool = True
+    can_extents: bool = True
+    max_atomic_write: int = 0
     discard_zeroes: bool = False
     discard_granularity: int = 0
     identity: Identity = Identity()
+
+
+class ExtentState(IntEnum):
+    """What a disk has for a range of bytes: the codes of GET LBA STATUS."""
+
+    MAPPED = 0
+    """Storage with data."""
+    DEALLOCATED = 1
+    """No storage; reads as after `discard`."""
+    ANCHORED = 2
+    """Storage that is reserved, without data."""
 
 
 class Verb(IntEnum):
@@ -181,6 +205,7 @@ class Verb(IntEnum):
     FLUSH = 2
     DISCARD = 3
     WRITE_ZEROES = 4
+    EXTENTS = 5
 
 
 METHODS = {
@@ -189,6 +214,7 @@ METHODS = {
     Verb.FLUSH: "flush",
     Verb.DISCARD: "discard",
     Verb.WRITE_ZEROES: "write_zeroes",
+    Verb.EXTENTS: "extents",
 }
 
 
@@ -205,11 +231,10 @@ def colour_of(method: Callable[..., object]) -> Colour:
     function: Any = method
     while isinstance(function, functools.partial):
         function = function.func
-    if getattr(function, "__tcmu_blocking__", False):
-        return Colour.BLOCKING
+    # First, for `functools.wraps` copies the mark of a blocking function to an async one around it.
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         return Colour.ASYNC
-    return Colour.PLAIN
+    return Colour.BLOCKING if getattr(function, "__tcmu_blocking__", False) else Colour.PLAIN
 
 
 def has(handler: Handler, name: str) -> bool:

@@ -156,8 +156,7 @@ def encode_config(config: str) -> str:
 
 
 def decode_config(text: str) -> str:
-    """Reverses `encode_config`. Text that nobody encoded, `%` and all, comes back unchanged where that is
-    possible."""
+    """Reverses `encode_config`. Text that nobody encoded mostly comes back unchanged."""
     return os.fsdecode(unquote_to_bytes(os.fsencode(text)))
 
 
@@ -210,8 +209,7 @@ def _check_positive(**values: int | None) -> None:
 
 
 def default_wwn(name: str, dev_config: str) -> str:
-    """Computes a unit serial number that stays the same when the same device is made again on this
-    machine."""
+    """Computes a serial number that is the same whenever the same device is made on this machine."""
     machine = ""
     with suppress(OSError):
         machine = Path("/etc/machine-id").read_text().strip()
@@ -272,9 +270,7 @@ def _rtslib() -> ModuleType:
     try:
         import rtslib_fb
     except ImportError as error:
-        raise LioError(
-            f"rtslib-fb cannot be loaded: {error}", "install libudev: apt install libudev1"
-        ) from error
+        raise LioError(f"rtslib-fb cannot be loaded: {error}", "install libudev: apt install libudev1") from error
     return rtslib_fb  # type: ignore[no-any-return]
 
 
@@ -306,9 +302,7 @@ def _write(path: Path, text: str) -> None:
     try:
         os.write(fd, os.fsencode(text))
     except OSError as error:
-        raise LioError(
-            f"the kernel refuses {text!r} in {path}: {error.strerror}", "`dmesg` may say why"
-        ) from error
+        raise LioError(f"the kernel refuses {text!r} in {path}: {error.strerror}", "`dmesg` may say why") from error
     finally:
         os.close(fd)
 
@@ -329,8 +323,7 @@ def _prepare() -> None:
 
 @contextmanager
 def _names_locked() -> Iterator[None]:
-    """Excludes other threads and processes that take names (each holder has a descriptor, so flock serves
-    both)."""
+    """Excludes whoever else takes names: each holder has its own descriptor, so flock serves threads too."""
     RUN.mkdir(mode=0o755, exist_ok=True)
     fd = os.open(RUN / "names.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -375,8 +368,7 @@ def device_size(backstore: Backstore) -> int:
 
 
 def is_blocked(backstore: Backstore) -> bool:
-    """Tells whether the kernel answers "busy" for the device, as one does whose server asked for it or died
-    so."""
+    """Tells whether the kernel answers "busy" for the device because its server asked for it."""
     # The file cannot be read before the device is enabled.
     with suppress(OSError):
         return _read(backstore.path / "action/block_dev") == "blocked"
@@ -388,11 +380,15 @@ def find_backstore(name: str) -> Backstore | None:
     return next((backstore for backstore in backstores() if backstore.name == name), None)
 
 
-def _backstore(name: str, hba: int) -> Backstore:
-    wwn = ""
+def serial_number(backstore: Backstore) -> str:
+    """Reads the unit serial number; empty if the device has been given none, or is gone."""
     with suppress(FileNotFoundError):
-        wwn = _read(_CORE / f"user_{hba}" / name / "wwn/vpd_unit_serial").partition(":")[2].strip()
-    return Backstore(name, hba, wwn)
+        return _read(backstore.path / "wwn/vpd_unit_serial").partition(":")[2].strip()
+    return ""
+
+
+def _backstore(name: str, hba: int) -> Backstore:
+    return Backstore(name, hba, serial_number(Backstore(name, hba, "")))
 
 
 @_own_errors
@@ -512,8 +508,7 @@ def _take_name(candidates: Iterator[str], undo: ExitStack) -> tuple[str, int]:
 
 
 def _verify(backstore: Backstore, wanted: Mapping[str, object]) -> None:
-    """Reads back what was set, since the kernel ignores keys it does not know and cuts what it finds too
-    long."""
+    """Reads back what was set: the kernel ignores keys it does not know and cuts what is too long."""
     for key, value in wanted.items():
         found = _read(backstore.path / "attrib" / key) if value is not None else None
         if value is not None and found != str(value):
@@ -572,8 +567,9 @@ def expose_iscsi(
     Args:
         backstore: What to offer.
         iqn: Name of the target; computed if None.
-        portal: `ADDRESS:PORT`. allow_network: Permit an address that other machines can reach. There is no
-            authentication: who reaches the portal reads and writes the disk.
+        portal: `ADDRESS:PORT`.
+        allow_network: Permit an address that other machines can reach. There is no authentication: who reaches the
+            portal reads and writes the disk.
 
     Raises:
         InvalidRequestError: The portal is malformed, or can be reached from outside without `allow_network`.
@@ -646,8 +642,7 @@ def exposures(backstore: Backstore) -> list[Exposure]:
 
 
 def luns() -> dict[Path, list[Path]]:
-    """Finds the LUN directories of all targets of all programs, by the directory of the backstore that they
-    offer.
+    """Finds the LUN directories of all targets, by the directory of the backstore that they offer.
 
     May wait for a LUN that is just being made.
     """
@@ -659,11 +654,17 @@ def luns() -> dict[Path, list[Path]]:
 
 
 def loopback_address(lun: Path) -> str | None:
-    """Returns the SCSI address `H:C:T:L` of a LUN's directory in the loopback fabric, or None if it is
-    gone."""
+    """Returns the SCSI address `H:C:T:L` of a loopback LUN's directory, or None if it is gone."""
     with suppress(FileNotFoundError):
         return f"{_read(lun.parents[1] / 'address')}:{lun.name.removeprefix('lun_')}"
     return None
+
+
+@_own_errors
+def block(backstore: Backstore) -> None:
+    """Has the kernel answer "busy" for a device; one that is gone already is fine."""
+    with suppress(FileNotFoundError):
+        _write(backstore.path / "action/block_dev", "1")
 
 
 @_own_errors

@@ -106,6 +106,14 @@ class DeviceEvents:
         """
         return self._socket.reply(event, status)
 
+    def set_features(self, reply_supported: bool) -> None:
+        """Let the kernel wait for answers, or not: for the whole machine, until somebody switches it again.
+
+        Raises:
+            PermissionError: not root.
+        """
+        self._socket.set_features(reply_supported)
+
     def close(self) -> None:
         """Stop listening; closing again does nothing."""
         if not self._closed:

@@ -16,8 +16,7 @@ GROUP = "tcmu_rs.handlers"
 
 
 class RegistryError(LookupError):
-    """A handler cannot be had: no such name, several providers of it, or its import fails. The text says
-    which."""
+    """A handler cannot be had: nobody offers it, several do, or its import fails. The text says which."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -66,9 +65,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
     """
     handler, colon, config = spec.partition(":")
     if not colon or not handler:
-        raise ValueError(
-            f"{spec!r} is not of the form HANDLER:CONFIG (for instance file:/var/tmp/disk.img, ram:)"
-        )
+        raise ValueError(f"{spec!r} is not of the form HANDLER:CONFIG (for instance file:/var/tmp/disk.img, ram:)")
     return handler, config
 
 
@@ -103,8 +100,7 @@ def load(name: str) -> type[Any]:
     if name not in known:
         names = ", ".join(known) or "none"
         raise RegistryError(
-            f"no handler {name!r}; installed: {names} "
-            "(install the package that has it, or use --handler module:Class)"
+            f"no handler {name!r}; installed: {names} (install the package that has it, or use --handler module:Class)"
         )
     if text := conflict(known[name]):
         raise RegistryError(text)

@@ -4,7 +4,8 @@ Life of a device: `serve_ring` starts one worker. A worker that has nothing to r
 out of it, and runs the commands one after the other, in its own task. While no handler suspends, that is all there
 is: one wake-up, a coroutine call per command, one doorbell. The moment a handler does suspend, and not before,
 another worker is called up to go on with the rest and with the ring. Workers grow to `max_in_flight` that run
-commands, and one more that watches the ring: so even a device whose handlers all hang hears of aborted commands.
+commands, one more that watches the ring, so that even a device whose handlers all hang hears of aborted commands, and
+one that hands back answers when all of these are busy.
 
 Each worker has a cancel scope around the commands it runs, entered once, not once per command. Task management
 cancels the scope of the command meant; the worker then enters a new one.
@@ -15,10 +16,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import traceback
 import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -33,8 +35,10 @@ logger = logging.getLogger("tcmu_rs")
 
 BATCH = 64
 """Entries taken from the ring at once; between batches other tasks run."""
-PENDING_LIMIT = 1024
-"""Commands kept waiting for a worker; more stay in the ring."""
+STEPS = 4
+"""Steps of one command between two passes of the loop."""
+LAST_BATCHES = 16
+"""Batches of new commands that a device turns away when it ends; an initiator may send them again at once."""
 GRACE = 10.0
 """Seconds that commands in flight get when a device stops."""
 
@@ -68,6 +72,25 @@ def _resume(coroutine: _Coroutine, trap: Any) -> Generator[Any, Any, Any]:
                 return stop.value
 
 
+def _forget(error: BaseException) -> None:
+    """Drops the tracebacks of an exception that is dealt with.
+
+    They hold the frames of the handler, and these may hold views of the command's data; while somebody still has the
+    exception (a thread on its way out, a record in a log, a circle of references) its memory could not be used again.
+    """
+    errors: list[BaseException | None] = [error]
+    seen = set()
+    while errors:
+        this = errors.pop()
+        if this is None or id(this) in seen:
+            continue
+        seen.add(id(this))
+        this.__traceback__ = None
+        errors += [this.__cause__, this.__context__]
+        if isinstance(this, BaseExceptionGroup):
+            errors += this.exceptions
+
+
 class Device:
     """A device that is being served.
 
@@ -87,6 +110,7 @@ class Device:
         strict: bool,
         grace: float,
         free_kept: Callable[[int], None] | None,
+        before_stop: Callable[[], None] | None,
     ) -> None:
         self.name = name
         self.handler = handler
@@ -96,6 +120,7 @@ class Device:
         self._strict = strict
         self._grace = grace
         self._free_kept = free_kept
+        self._before_stop = before_stop
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._max_in_flight = handler.max_in_flight
         self._calls: dict[int | None, _Call] = self._find_calls()
@@ -107,7 +132,9 @@ class Device:
         self._pumping = False
         self._dirty = False
         self._stopping = False
+        self._broken = False
         self._drained = trio.Event()
+        self._winding_down: trio.CancelScope | None = None
         self._reaping = False
         self._bugs: set[tuple[str, str]] = set()
         self._nursery: trio.Nursery | None = None
@@ -127,8 +154,8 @@ class Device:
     def shorten_grace(self, grace: float = 0.0) -> None:
         """Sets the seconds that commands in flight get from now on, when the device stops or is stopping."""
         self._grace = grace
-        if self._stopping:
-            self._drained.set()
+        if self._winding_down is not None:
+            self._winding_down.deadline = trio.current_time() + grace
 
     # How each verb is called, decided once.
 
@@ -146,11 +173,15 @@ class Device:
             Verb.FLUSH: lambda cmd: (),
             Verb.DISCARD: lambda cmd: (cmd.offset, cmd.length),
             Verb.WRITE_ZEROES: lambda cmd: (cmd.offset, cmd.length),
+            Verb.EXTENTS: lambda cmd: (cmd.offset, cmd.length),
         }
         for verb, name in METHODS.items():
             if has(handler, name):
                 calls[int(verb)] = self._colour(
-                    name, arguments[verb], None, fua=verb == Verb.WRITE and handler.native_fua
+                    name,
+                    arguments[verb],
+                    self._set_extents if verb == Verb.EXTENTS else None,
+                    fua=verb == Verb.WRITE and handler.native_fua,
                 )
         return calls
 
@@ -176,8 +207,8 @@ class Device:
                     raise TypeError(f"{what} is a plain function that returned an awaitable: write `async def`")
                 if finish is not None:
                     finish(cmd, result)
-                elif result is not None:
-                    raise TypeError(f"{what} returned {result!r}: transfers are whole, return None")
+                else:
+                    self._check_result(name, result)
 
             return plain
 
@@ -198,13 +229,24 @@ class Device:
                 result = await call()
             if finish is not None:
                 finish(cmd, result)
+            else:
+                self._check_result(name, result)
 
         return suspended
+
+    def _check_result(self, name: str, result: object) -> None:
+        if result is not None:
+            raise TypeError(
+                f"{type(self.handler).__name__}.{name}() returned {result!r}: transfers are whole, return None"
+            )
 
     def _reply(self, cmd: _native.Command, result: Any) -> None:
         if result is not None and not isinstance(result, int):
             raise TypeError(f"{type(self.handler).__name__} returned {result!r}: return None or a number of bytes")
         cmd.succeed(result)
+
+    def _set_extents(self, cmd: _native.Command, result: Any) -> None:
+        cmd.set_extents([(int(length), int(state)) for length, state in result])
 
     def _reply_or_emulate(self, cmd: _native.Command, result: Any) -> None:
         if result is NotImplemented:
@@ -215,15 +257,25 @@ class Device:
     # Workers.
 
     async def _worker(self) -> None:
-        self._workers += 1
         try:
-            while not self._stopping:
-                with trio.CancelScope() as scope:
-                    await self._work(scope)
+            with self._first_device_error():
+                while not self._stopping:
+                    with trio.CancelScope() as scope:
+                        await self._work(scope)
+                # Nobody comes to hand this back while other commands use up the grace period.
+                self._commit()
         finally:
             self._workers -= 1
-            if self._stopping and self._running == 0:
-                self._drained.set()
+
+    @contextmanager
+    def _first_device_error(self) -> Iterator[None]:
+        """Lets one `DeviceError` through: what the others find afterwards is its consequence."""
+        try:
+            yield
+        except _errors.DeviceError:
+            if not self._broken:
+                self._broken = self._stopping = True
+                raise
 
     async def _work(self, scope: trio.CancelScope) -> None:
         """Runs commands and watches the ring until the scope is spent on an aborted command, or the device stops."""
@@ -239,8 +291,11 @@ class Device:
                     await trio.lowlevel.cancel_shielded_checkpoint()
                     continue
                 self._commit()
+                waited = False
+                # Commands may have waited for those that are answered now.
+                continue
             waited = False
-            if not self._pumping and len(self._pending) < PENDING_LIMIT:
+            if not self._pumping:
                 await self._pump()
             else:
                 await self._park()
@@ -277,16 +332,21 @@ class Device:
         await trio.lowlevel.wait_task_rescheduled(abort)
 
     def _call_workers(self) -> None:
-        """A command has suspended: sees to it that somebody watches the ring and goes on with what waits."""
+        """A command has suspended: sees to it that somebody goes on with what waits, and with the ring."""
         room = min(len(self._pending), self._max_in_flight - self._running)
         # Two at a time, so that a batch of suspending commands is under way after a few passes of the loop.
-        wanted = min(2, room) or (0 if self._pumping else 1)
+        wanted = min(2, room) or int(self._dirty or not self._pumping)
         for _ in range(wanted):
             if self._idle:
                 trio.lowlevel.reschedule(self._idle.pop())
-            elif self._workers <= self._max_in_flight and self._nursery is not None:
-                self._nursery.start_soon(self._worker, name=f"<tcmu_rs worker of {self.name}>")
+            elif self._workers < self._max_in_flight + 2:
+                self._hire()
                 return
+
+    def _hire(self) -> None:
+        if self._nursery is not None:
+            self._workers += 1
+            self._nursery.start_soon(self._worker, name=f"<tcmu_rs worker of {self.name}>")
 
     async def _run(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
         """Runs one command to its answer, whatever happens."""
@@ -294,6 +354,10 @@ class Device:
         failure: _errors.Failure | None = None
         crash: Exception | None = None
         verb = cmd.verb
+        steps = 0
+        if cmd.answered:
+            # IMMED: the initiator does not wait for what follows.
+            self._commit()
         try:
             while True:
                 call = self._calls.get(verb)
@@ -304,51 +368,100 @@ class Device:
                 if coroutine is not None:
                     try:
                         trap = coroutine.send(None)
-                    except StopIteration:
-                        pass
+                    except StopIteration as stop:
+                        result = stop.value
                     else:
-                        self._scopes[cmd.id] = scope
+                        # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
+                        cmd_id = None if cmd.answered else cmd.id
+                        if cmd_id is not None:
+                            self._scopes[cmd_id] = scope
                         self._call_workers()
                         try:
-                            await _resume(coroutine, trap)
+                            result = await _resume(coroutine, trap)
                         finally:
-                            del self._scopes[cmd.id]
+                            if cmd_id is not None:
+                                del self._scopes[cmd_id]
+                    if result is not None:
+                        self._check_result(self._method(verb), result)
                     del coroutine
                 if verb is None:
-                    # Answered by now, or left to the emulation, which may want a step done.
-                    if cmd.answered:
+                    # Answered by now, or left to the emulation, which may want a step done, or waits for other
+                    # commands and hands this one out again.
+                    if cmd.verb is None:
                         break
                 elif not cmd.advance():
                     break
                 verb = cmd.verb
+                steps += 1
+                if steps % STEPS == 0:
+                    # A handler that never suspends must not keep the loop for the length of a FORMAT UNIT.
+                    await self._pause(cmd, scope)
         except _errors.DeviceError:
             raise
         except Exception as error:
             failure = self._failure(error, verb)
             if self._strict and failure is _BUG:
                 crash = error
-        except BaseException:
+            else:
+                _forget(error)
+        except BaseException as error:
             # Cancelled, by task management or because the device ends: never swallowed.
             failure = _ABORTED
+            cancelled = self._only_cancelled(error, verb)
+            if cancelled is not None:
+                _forget(error)
+                raise cancelled from None
             raise
         finally:
             self._running -= 1
             self._dirty = True
-            # Only now, when the traceback and with it the frames that may hold views are gone.
             if failure is not None:
                 cmd.fail(*failure)
-            if cmd.lent:
+            # The frames of an exception that is raised again may hold views, and do no harm: the device ends.
+            if cmd.lent and crash is None:
                 self._keep(cmd, verb)
             if self._stopping and self._running == 0:
                 self._drained.set()
         if crash is not None:
-            raise crash
+            try:
+                raise crash
+            finally:
+                del crash
+
+    def _only_cancelled(self, error: BaseException, verb: int | None) -> BaseException | None:
+        """What is left of a cancellation without the errors of a handler that had tasks of its own; None if more is."""
+        if isinstance(error, trio.Cancelled):
+            return error
+        if not isinstance(error, BaseExceptionGroup):
+            return None
+        cancelled, rest = error.split(trio.Cancelled)
+        if isinstance(rest, ExceptionGroup) and cancelled is not None and not self._strict:
+            self._failure(rest, verb)
+            rest = None
+        return cancelled if rest is None else None
+
+    def _method(self, verb: int | None) -> str:
+        if verb is not None:
+            return METHODS[Verb(verb)]
+        return "scsi_command" if isinstance(self.handler, BlockHandler) else "command"
+
+    async def _pause(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
+        """Lets others run between two steps of a long command."""
+        self._dirty = True
+        cmd_id = None if cmd.answered else cmd.id
+        if cmd_id is not None:
+            self._scopes[cmd_id] = scope
+        self._call_workers()
+        try:
+            await trio.lowlevel.checkpoint()
+        finally:
+            if cmd_id is not None:
+                del self._scopes[cmd_id]
 
     def _failure(self, error: Exception, verb: int | None) -> _errors.Failure:
         writing = verb not in (None, Verb.READ)
         failure = _errors.failure_of(error, writing=writing)
-        method = METHODS[Verb(verb)] if verb is not None else "command"
-        what = f"{type(self.handler).__name__}.{method}()"
+        what = f"{type(self.handler).__name__}.{self._method(verb)}()"
         if failure is not None:
             logger.warning("%s: %s failed: %s", self.name, what, error)
             return failure
@@ -356,7 +469,9 @@ class Device:
         kind = (what, type(error).__name__)
         if kind not in self._bugs:
             self._bugs.add(kind)
-            logger.error("%s: %s raised what it must not", self.name, what, exc_info=error)
+            # As text: whoever keeps the record would keep the frames, too (see `_forget`).
+            text = "".join(traceback.format_exception(error))
+            logger.error("%s: %s raised what it must not\n%s", self.name, what, text)
         return _BUG
 
     def _abort(self, ids: list[int]) -> None:
@@ -364,22 +479,24 @@ class Device:
             scope = self._scopes.get(cmd_id)
             if scope is not None:
                 scope.cancel()
-        waiting = [cmd for cmd in self._pending if cmd.id in ids]
+        waiting = [cmd for cmd in self._pending if cmd.id in ids and not cmd.answered]
         for cmd in waiting:
             self._pending.remove(cmd)
             cmd.fail(*_ABORTED)
 
     def _commit(self) -> None:
         self._dirty = False
-        self._ring.commit()
+        if self._ring.commit():
+            # Commands that had to wait for others which are answered now.
+            self._pending.extend(self._ring.ready())
+            self._call_workers()
 
     # Memory that is still looked at after the answer.
 
     def _keep(self, cmd: _native.Command, verb: int | None) -> None:
-        method = METHODS[Verb(verb)] if verb is not None else "command"
         logger.warning(
             "%s: %s.%s() kept %d views of a command's data after it returned; their memory stays in use",
-            self.name, type(self.handler).__name__, method, cmd.lent,
+            self.name, type(self.handler).__name__, self._method(verb), cmd.lent,
         )  # fmt: skip
         if not self._reaping and self._nursery is not None:
             self._reaping = True
@@ -387,12 +504,19 @@ class Device:
 
     async def _reap(self) -> None:
         fd = self._ring.wake_fileno()
-        while not self._stopping:
-            for cmd_id in self._ring.reap():
-                if self._free_kept is not None:
+        with self._first_device_error():
+            while not self._stopping:
+                self._free_released()
+                await trio.lowlevel.wait_readable(fd)
+
+    def _free_released(self) -> None:
+        for cmd_id in self._ring.reap():
+            if self._free_kept is not None:
+                try:
                     self._free_kept(cmd_id)
-            self._commit()
-            await trio.lowlevel.wait_readable(fd)
+                except OSError as error:
+                    # Blocks of the data area are lost then; that is no reason to lose the device.
+                    logger.warning("%s: the buffer of command %d cannot be freed: %s", self.name, cmd_id, error)
 
     # The whole life.
 
@@ -405,7 +529,7 @@ class Device:
                 async def engine() -> None:
                     with shield:
                         async with trio.open_nursery() as self._nursery:
-                            self._nursery.start_soon(self._worker, name=f"<tcmu_rs worker of {self.name}>")
+                            self._hire()
 
                 outer.start_soon(engine)
                 task_status.started(self)
@@ -419,11 +543,15 @@ class Device:
     async def _wind_down(self, shield: trio.CancelScope) -> None:
         """No new commands; a grace period for those in flight; then they are cancelled."""
         self._stopping = True
-        if self._running == 0:
-            self._drained.set()
-        with trio.move_on_after(self._grace, shield=True):
-            await self._drained.wait()
-        shield.cancel()
+        try:
+            if self._before_stop is not None:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._before_stop)
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + self._grace) as self._winding_down:
+                if self._running:
+                    await self._drained.wait()
+        finally:
+            shield.cancel()
 
     def _close(self) -> None:
         """Answers what was not begun, with a status that makes initiators try again, and lets go of the device."""
@@ -431,19 +559,18 @@ class Device:
             for cmd in self._pending:
                 cmd.fail(*_BUSY)
             self._pending.clear()
-            self._ring.commit()
-            # Bounded: an initiator may send the same commands again at once.
-            for _ in range(PENDING_LIMIT // BATCH):
+            # Commands that waited for those come out now, and those that waited for them.
+            while self._ring.commit():
+                for cmd in self._ring.ready():
+                    cmd.fail(*_BUSY)
+            for _ in range(LAST_BATCHES):
                 for item in self._ring.drain(BATCH):
                     if isinstance(item, _native.Command):
                         item.fail(*_BUSY)
                 self._ring.commit()
                 if not self._ring.pending():
                     break
-            for cmd_id in self._ring.reap():
-                if self._free_kept is not None:
-                    self._free_kept(cmd_id)
-            self._ring.commit()
+            self._free_released()
         except (_errors.DeviceError, OSError):
             # The device is over already: that error is on its way, and nothing can be answered.
             pass
@@ -468,6 +595,9 @@ def unit_for(handler: BlockHandler, *, serial: str, naa: bytes) -> _native.Logic
         discard=has(handler, "discard"),
         discard_zeroes=handler.discard_zeroes,
         write_zeroes=has(handler, "write_zeroes"),
+        extents=has(handler, "extents"),
+        max_atomic_write=handler.max_atomic_write,
+        removable=handler.removable,
         vendor=identity.vendor,
         product=identity.product,
         revision=identity.revision,
@@ -488,6 +618,7 @@ async def serve_ring(
     strict: bool = False,
     grace: float = GRACE,
     free_kept: Callable[[int], None] | None = None,
+    before_stop: Callable[[], None] | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves a handler that is open on a ring that is there: the kernel's or the simulator's.
@@ -503,6 +634,7 @@ async def serve_ring(
         strict: Raise what a handler must not raise, instead of going on.
         grace: Seconds for commands in flight when the device stops.
         free_kept: Tells the kernel that a kept buffer is free.
+        before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
         task_status: Gets the `Device` once commands flow.
 
     Resource handling: the ring is closed when this returns or raises; every command has been answered by then.
@@ -520,7 +652,7 @@ async def serve_ring(
         intercept=has(handler, "scsi_command"),
         fills_reads=getattr(handler, "fills_reads", False),
     )
-    device = Device(handler, ring, name, strict=strict, grace=grace, free_kept=free_kept)
+    device = Device(handler, ring, name, strict=strict, grace=grace, free_kept=free_kept, before_stop=before_stop)
     await device.run(task_status)
 
 
@@ -533,14 +665,21 @@ def naa_of(serial: str) -> bytes:
     return bytes.fromhex("6001405" + "".join(digits).ljust(25, "0"))
 
 
+def _action(uio: UioDevice, action: str, value: int) -> None:
+    with open(f"/sys/kernel/config/target/core/user_{uio.hba}/{uio.name}/action/{action}", "w") as file:  # noqa: PTH123
+        file.write(str(value))
+
+
 async def serve_uio(
     handler: Handler,
     uio: UioDevice,
     *,
     name: str,
     wwn: str,
+    take_over: bool = False,
     strict: bool = False,
     grace: float = GRACE,
+    before_stop: Callable[[], None] | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves an open handler on a device of this machine's kernel.
@@ -550,34 +689,47 @@ async def serve_uio(
         uio: The device; nobody else may have it open.
         name: For the log.
         wwn: The backstore's unit serial number.
+        take_over: Another process may have served the device before, and initiators may use it now: what that process
+            left unanswered is given back to them as BUSY. The device is unblocked when commands flow.
         strict: As for `serve_ring`.
         grace: As for `serve_ring`.
+        before_stop: As for `serve_ring`.
         task_status: As for `serve_ring`.
 
     Raises:
         OSError: The device cannot be opened; EBUSY if another process serves it.
         DeviceError: The device went away, or its shared memory is corrupt.
     """
-    free_kept_buf = f"/sys/kernel/config/target/core/user_{uio.hba}/{uio.name}/action/free_kept_buf"
-
-    def free_kept(cmd_id: int) -> None:
-        with open(free_kept_buf, "w") as file:  # noqa: PTH123 - one write() of one line, no path arithmetic
-            file.write(str(cmd_id))
-
     fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        await serve_ring(
-            handler,
-            memory=fd,
-            event=fd,
-            map_size=uio.map_size,
-            name=name,
-            serial=wwn,
-            naa=naa_of(wwn),
-            strict=strict,
-            grace=grace,
-            free_kept=free_kept,
-            task_status=task_status,
-        )
+        if take_over:
+            # Opened first: the kernel trips over the reset of a device that nobody ever opened. Entries of the
+            # process before us cannot be continued: its answers may lie in the slots of commands that still run.
+            await trio.to_thread.run_sync(_action, uio, "block_dev", 1)
+            await trio.to_thread.run_sync(_action, uio, "reset_ring", 1)
+
+        async def serve(task_status: trio.TaskStatus[Device]) -> None:
+            await serve_ring(
+                handler,
+                memory=fd,
+                event=fd,
+                map_size=uio.map_size,
+                name=name,
+                serial=wwn,
+                naa=naa_of(wwn),
+                strict=strict,
+                grace=grace,
+                free_kept=functools.partial(_action, uio, "free_kept_buf"),
+                before_stop=before_stop,
+                task_status=task_status,
+            )
+
+        if not take_over:
+            await serve(task_status)
+            return
+        async with trio.open_nursery() as nursery:
+            device = await nursery.start(serve)
+            await trio.to_thread.run_sync(_action, uio, "block_dev", 0)
+            task_status.started(device)
     finally:
         os.close(fd)

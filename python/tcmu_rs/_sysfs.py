@@ -14,7 +14,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,39 +115,48 @@ def _read_uio(directory: Path, dev_root: Path) -> UioDevice | None:
     return None
 
 
-def serving_pids(*, proc_root: Path = PROC) -> dict[int, int]:
-    """Finds who has UIO devices open.
+def serving_pids(devices: Iterable[UioDevice], *, proc_root: Path = PROC) -> dict[int, int]:
+    """Finds who serves devices.
 
-    A process that closed the descriptor but keeps the mapping still holds the device, so both are looked at.
-    Where several processes share a device (a forked child), the lowest number is reported.
+    A process that closed the descriptor but keeps the mapping still holds the device. Where several processes share
+    one (a forked child), the lowest number is reported.
 
     Returns:
         Process by UIO minor number. Processes that the caller may not inspect are missing: ask as root.
     """
+    wanted = {device.minor for device in devices}
     holders: dict[int, int] = {}
-    for pid in sorted(int(entry.name) for entry in proc_root.iterdir() if entry.name.isdecimal()):
-        for minor in _held_minors(proc_root / str(pid)):
-            holders.setdefault(minor, pid)
+    processes = sorted(int(entry.name) for entry in proc_root.iterdir() if entry.name.isdecimal())
+    # Reading the mappings of all processes is slow, and rarely needed.
+    for held_by in (_open_files, _mapped_files):
+        for pid in processes:
+            if wanted <= holders.keys():
+                return holders
+            for minor in wanted.intersection(map(_minor_of, held_by(proc_root / str(pid)))):
+                holders.setdefault(minor, pid)
     return holders
 
 
-def _held_minors(process: Path) -> Iterator[int]:
+def _open_files(process: Path) -> Iterator[str]:
     with suppress(OSError):
         for descriptor in (process / "fd").iterdir():
             with suppress(OSError):
-                yield from _minor_of(str(descriptor.readlink()))
+                yield str(descriptor.readlink())
+
+
+def _mapped_files(process: Path) -> Iterator[str]:
     with suppress(OSError), (process / "maps").open("rb") as maps:
         for line in maps:
             if b"/uio" in line:
-                yield from _minor_of(os.fsdecode(line.rstrip(b"\n")).rpartition(" ")[2])
+                yield os.fsdecode(line.rstrip(b"\n")).rpartition(" ")[2]
 
 
-def _minor_of(target: str) -> Iterator[int]:
-    # Another mount namespace may show another directory; a removed device ends with " (deleted)" and is
-    # nobody's.
+def _minor_of(target: str) -> int | None:
+    # Another mount namespace may show another directory; a removed device ends with " (deleted)" and is nobody's.
     name = target.rpartition("/")[2]
     if target.startswith("/") and name.startswith("uio") and name[3:].isdecimal():
-        yield int(name[3:])
+        return int(name[3:])
+    return None
 
 
 def scsi_disk(address: str, *, sys_root: Path = SYS, dev_root: Path = DEV) -> Disk | None:
@@ -208,9 +217,7 @@ def write_back(disk: Disk, *, proc_root: Path = PROC) -> None:
     """
     devices = {f"{os.major(disk.rdev)}:{os.minor(disk.rdev)}"}
     with suppress(OSError):
-        devices |= {
-            part.read_text().strip() for part in (SYS / "class/block" / Path(disk.path).name).glob("*/dev")
-        }
+        devices |= {part.read_text().strip() for part in (SYS / "class/block" / Path(disk.path).name).glob("*/dev")}
     with suppress(OSError):
         for line in (proc_root / "self/mountinfo").read_text().splitlines():
             fields = line.split(" ")

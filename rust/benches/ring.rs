@@ -12,7 +12,7 @@ use tcmu::device::{Claim, Device, Work};
 use tcmu::mapping::Mapping;
 use tcmu::ring::sim::{Config, Kernel, Request};
 use tcmu::ring::{Buffer, Command, Entry, Response, Ring};
-use tcmu::scsi::{Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Step};
+use tcmu::scsi::{Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Step, StepResult};
 
 const DEPTH: usize = 32;
 const BATCHES: usize = 400;
@@ -155,7 +155,7 @@ fn devices() {
             let start = Instant::now();
             let work = black_box(drain());
             total += start.elapsed();
-            work.iter().for_each(|(claim, _)| assert_eq!(claim.advance(None).unwrap(), None));
+            work.iter().for_each(|(claim, _)| assert_eq!(claim.advance(StepResult::None).unwrap(), None));
             device.commit().unwrap();
             finish(&mut kernel);
         }
@@ -167,7 +167,7 @@ fn devices() {
             submit(&mut kernel, read);
             let work = drain();
             let start = Instant::now();
-            work.iter().for_each(|(claim, _)| assert_eq!(claim.advance(None).unwrap(), None));
+            work.iter().for_each(|(claim, _)| assert_eq!(claim.advance(StepResult::None).unwrap(), None));
             drop(work);
             device.commit().unwrap();
             total += start.elapsed();

@@ -6,12 +6,14 @@ use std::sync::atomic::Ordering;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tcmu::abi;
-use tcmu::device::{Answered, Claim, Device, DeviceError, Work};
+use tcmu::device::{Answered, Claim, Device, DeviceError, Started, Work};
 use tcmu::mapping::Mapping;
 use tcmu::ring::RingError;
 use tcmu::ring::sim::{Completion, Config, Kernel, Request, Ticket};
 use tcmu::scsi::sense::Sense;
-use tcmu::scsi::{Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Reply, Status, Step, Verb};
+use tcmu::scsi::{
+    Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Reply, Status, Step, StepResult, Verb,
+};
 
 const ALL: u16 = abi::MAILBOX_FLAG_CAP_OOOC
     | abi::MAILBOX_FLAG_CAP_READ_LEN
@@ -103,7 +105,7 @@ fn a_read_is_a_step_and_an_answer() {
     assert!(!is_readable(device.event_fd().unwrap()), "the event was taken");
     assert_eq!((step.verb, step.offset.0, step.length), (Verb::Read, 0, 1024));
     fill(&claim, 5);
-    assert_eq!(claim.advance(None).unwrap(), None);
+    assert_eq!(claim.advance(StepResult::None).unwrap(), None);
     assert!(claim.is_answered());
     assert!(kernel.process().is_empty(), "nothing is handed back before the commit");
     device.commit().unwrap();
@@ -142,10 +144,10 @@ fn an_intercepted_command_may_go_back_to_the_emulation() {
     kernel.submit(read(1));
     let claim = one_claim(&device);
     assert_eq!(claim.cdb(), &read(1).cdb[..]);
-    let step = claim.start().unwrap().unwrap();
+    let Started::Step(step) = claim.start().unwrap() else { panic!("a step is needed") };
     assert_eq!(step.verb, Verb::Read);
     fill(&claim, 1);
-    assert_eq!(claim.advance(None).unwrap(), None);
+    assert_eq!(claim.advance(StepResult::None).unwrap(), None);
     device.commit().unwrap();
     assert_eq!(done(&mut kernel).status, 0);
 }
@@ -155,7 +157,7 @@ fn without_a_unit_no_command_is_known() {
     let (mut kernel, device) = device_with(ALL, None);
     kernel.submit(read(1));
     let claim = one_claim(&device);
-    assert_eq!(claim.start().unwrap(), None);
+    assert!(matches!(claim.start().unwrap(), Started::Answered));
     device.commit().unwrap();
     assert_eq!(sense_code(&done(&mut kernel)), (5, 0x20, 0));
 }
@@ -168,7 +170,7 @@ fn there_is_one_answer() {
     fill(&claim, 1);
     assert_eq!(claim.answer(Reply::good(512)).unwrap(), Answered::Sent);
     assert_eq!(claim.answer(Reply::check(Sense::UNRECOVERED_READ)).unwrap(), Answered::Already);
-    assert_eq!(claim.advance(None).unwrap(), None, "a step that ends late changes nothing");
+    assert_eq!(claim.advance(StepResult::None).unwrap(), None, "a step that ends late changes nothing");
     drop(claim);
     device.commit().unwrap();
     assert_eq!(done(&mut kernel).status, 0);
@@ -374,11 +376,11 @@ fn emulated_data_goes_its_own_way_in_a_bidirectional_command() {
     let mut work = device.drain(8, false).unwrap();
     let Some(Work::Step(claim, step)) = work.pop() else { panic!("expected a step") };
     assert_eq!((step.verb, claim.data().len()), (Verb::Write, 512));
-    assert_eq!(claim.advance(None).unwrap(), None);
+    assert_eq!(claim.advance(StepResult::None).unwrap(), None);
     let Some(Work::Step(claim, step)) = work.pop() else { panic!("expected a step") };
     assert_eq!((step.verb, claim.data_in().len()), (Verb::Read, 1024));
     fill(&claim, 4);
-    assert_eq!(claim.advance(None).unwrap(), None);
+    assert_eq!(claim.advance(StepResult::None).unwrap(), None);
     device.commit().unwrap();
     let done = kernel.process();
     assert_eq!(kernel.violations(), &[] as &[String]);
@@ -396,10 +398,10 @@ fn data_out_is_left_alone() {
         kernel.submit(write(1, flags));
         let (claim, step) = one_step(&device);
         assert_eq!(step.verb, Verb::Write);
-        let flush = claim.advance(None).unwrap();
+        let flush = claim.advance(StepResult::None).unwrap();
         if flags != 0 {
             assert_eq!(flush.unwrap().verb, Verb::Flush);
-            assert_eq!(claim.advance(None).unwrap(), None);
+            assert_eq!(claim.advance(StepResult::None).unwrap(), None);
         }
         assert_eq!(bytes(&claim), vec![0x77; 512]);
         device.commit().unwrap();
@@ -452,7 +454,7 @@ fn a_closed_device_takes_no_answers() {
     dead(device.pending().unwrap_err());
     dead(device.event_fd().unwrap_err());
     dead(device.reap().unwrap_err());
-    dead(claim.advance(None).unwrap_err());
+    dead(claim.advance(StepResult::None).unwrap_err());
     assert_eq!(claim.answer(Reply::good(0)).unwrap(), Answered::Already, "that was the answer");
     // The memory stays as long as somebody looks at it.
     fill(&claim, 1);

@@ -28,7 +28,7 @@ examples:
   python -m tests.lab run 'uname -a; lsmod'       a command in the guest, in the checkout's directory
   python -m tests.lab run 'python -m pytest tests/guest -k discard'
   python -m tests.lab run --disk image.raw 'mkfs.ext4 /dev/vda && sync'
-  python -m tests.lab run --dmesg 'modprobe scsi_debug; sleep 1; lsscsi'
+  python -m tests.lab run --dmesg 'modprobe scsi_debug; sleep 1; lsblk -S'
   python -m tests.lab script bench/kernel.sh      the same with a file
 
 The exit status of `run` and `script` is the job's; 124 if it timed out, 125 if the lab failed or the kernel
@@ -68,16 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine_options(command)
     command.set_defaults(command=lambda options: _run(options, options.job))
 
-    command = commands.add_parser(
-        "script", aliases=["shell-script"], help="boot, run a bash script from a file"
-    )
+    command = commands.add_parser("script", aliases=["shell-script"], help="boot, run a bash script from a file")
     command.add_argument("file", type=Path, help="the script; it runs in the checkout's directory")
     _add_machine_options(command)
     command.set_defaults(command=lambda options: _run(options, options.file.read_text()))
 
-    command = commands.add_parser(
-        "install", help="install the Debian packages and the kernel that the lab needs"
-    )
+    command = commands.add_parser("install", help="install the Debian packages and the kernel that the lab needs")
     command.set_defaults(command=lambda _: _install())
 
     command = commands.add_parser("doctor", help="tell what is missing, and boot once")
@@ -86,17 +82,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_machine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--timeout", type=float, default=DEFAULT_TIMEOUT, help="seconds for the job [%(default)s]"
-    )
+    parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT, help="seconds for the job [%(default)s]")
     parser.add_argument("--memory", default="2G", help="memory of the guest [%(default)s]")
     parser.add_argument("--cpus", type=int, default=2, help="virtual CPUs [%(default)s]")
-    parser.add_argument(
-        "--disk", type=Path, action="append", default=[], help="a raw image as /dev/vda, then vdb, …"
-    )
-    parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="a variable for the job"
-    )
+    parser.add_argument("--disk", type=Path, action="append", default=[], help="a raw image as /dev/vda, then vdb, …")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable for the job")
     parser.add_argument("--dmesg", action="store_true", help="show the kernel's log at the end")
 
 
@@ -140,9 +130,7 @@ def _doctor() -> int:
         print(f"packages for jobs: {'missing: ' + ' '.join(packages) if packages else 'all here'}")
     except MissingError as error:
         print(f"packages for jobs: unknown ({error})")
-    print(
-        f"cache: {cache_directory()}, {shutil.disk_usage(_existing(cache_directory())).free >> 20} MiB free"
-    )
+    print(f"cache: {cache_directory()}, {shutil.disk_usage(_existing(cache_directory())).free >> 20} MiB free")
     try:
         provision = provide(install=False)
     except MissingError as error:

@@ -33,28 +33,30 @@ mount -t configfs configfs /sys/kernel/config || die "cannot mount configfs"
 ip link set lo up
 echo lab >/proc/sys/kernel/hostname
 
+# The way to the host. Writing into it waits until the host is there, reading does not.
+exec {port}<>/dev/vport0p1
+record() {
+    printf '\036%s %s\036' "$LAB_NONCE" "$*"
+}
+echo "lab: the job starts" >/dev/kmsg
+record started >&"$port"
+
 # The job writes into a pipe and not into the port, which only one process can have open at a time. A record in
 # the same pipe behind the job's last byte tells the host that it has seen everything.
 mkfifo /run/lab/output
-exec {port}<>/dev/vport0p1
 cat /run/lab/output >&"$port" &
 exec {output}>/run/lab/output
-record() {
-    printf '\036%s %s\036' "$LAB_NONCE" "$*" >&"$output"
-}
 
 # The host asks what hangs before it gives up. When it is gone, nobody is left to end this machine.
 (
     while read -r _ <&"$port"; do
         ps -ww --deselect --ppid 2 -o pid,ppid,stat,wchan:24,args >/dev/console
         echo w >/proc/sysrq-trigger
-        record described
+        record described >&"$output"
     done
     echo b >/proc/sysrq-trigger
 ) &
 
-echo "lab: the job starts" >/dev/kmsg
-record started
 (
     exec {port}<&- </dev/null >&"$output" 2>&1 {output}>&-
     set -a
@@ -62,5 +64,5 @@ record started
     source /run/lab/environment
     cd "$LAB_DIRECTORY" && exec setsid --wait /bin/bash /run/lab/job
 )
-record "exited $?"
+record "exited $?" >&"$output"
 while :; do sleep 1000; done

@@ -45,6 +45,7 @@ LAB_PROGRAMS = {
 
 GUEST_PACKAGES = (
     "btrfs-progs",
+    "cryptsetup-bin",
     "e2fsprogs",
     "fio",
     "libiscsi-bin",
@@ -273,9 +274,7 @@ def _module_files(kernel: Kernel) -> Sequence[Path]:
     root = str(kernel.modules.parents[2])
     files: dict[Path, None] = {}
     for module in _BOOT_MODULES:
-        for line in _run(
-            "modprobe", "--show-depends", "-d", root, "-S", kernel.release, module
-        ).stdout.splitlines():
+        for line in _run("modprobe", "--show-depends", "-d", root, "-S", kernel.release, module).stdout.splitlines():
             action, _, argument = line.partition(" ")
             if action == "insmod":
                 files[Path(argument.split()[0])] = None
@@ -308,9 +307,7 @@ def _run(program: str, *arguments: str, cwd: Path | None = None) -> subprocess.C
     command = [str(_program(program)), *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise LabError(
-            f"`{' '.join(command)}` failed with status {done.returncode}:\n{done.stdout}{done.stderr}"
-        )
+        raise LabError(f"`{' '.join(command)}` failed with status {done.returncode}:\n{done.stdout}{done.stderr}")
     return done
 
 

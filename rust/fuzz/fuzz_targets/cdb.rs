@@ -48,7 +48,8 @@ fn disk(shape: &Shape) -> Disk {
         discard_alignment: u64::from(shape.alignment) % granularity * u64::from(block_size),
         ..Geometry::new(block_size, size)
     };
-    let capabilities = Capabilities { write, flush, native_fua, discard, discard_zeroes, write_zeroes };
+    let capabilities =
+        Capabilities { write, flush, native_fua, discard, discard_zeroes, write_zeroes, extents: false };
     Disk::with(geometry, capabilities)
 }
 

@@ -11,14 +11,15 @@ use std::sync::Arc;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use tcmu::device::{Answered, Claim, Device, Work};
+use tcmu::device::{Answered, Claim, Device, Started, Work};
 use tcmu::mapping::Mapping;
 use tcmu::ring::Buffer;
 use tcmu::ring::sim::{Completion, Config, Kernel, Request, Ticket};
 use tcmu::scsi::opcodes::{Direction, find};
 use tcmu::scsi::sense::Sense;
 use tcmu::scsi::{
-    Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Reply, Status, Step, StepBuffer, Verb,
+    Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Reply, Status, Step, StepBuffer, StepResult,
+    Verb,
 };
 
 const BLOCK: usize = 512;
@@ -136,7 +137,9 @@ fn unit(capabilities: [bool; 6]) -> LogicalUnit {
     let naa = [0x60, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
     let identity = Identity::new("TCMU-RS", "Fuzzed disk", "0.1", "serial", naa).unwrap();
     let [write, flush, native_fua, discard, discard_zeroes, write_zeroes] = capabilities;
-    let capabilities = Capabilities { write, flush, native_fua, discard, discard_zeroes, write_zeroes };
+    let extents = false;
+    let capabilities =
+        Capabilities { write, flush, native_fua, discard, discard_zeroes, write_zeroes, extents };
     LogicalUnit::new(identity, Geometry::new(BLOCK as u32, (BLOCK * BLOCKS) as u64), capabilities).unwrap()
 }
 
@@ -200,7 +203,7 @@ impl World {
         // does not tell the direction.
         if let Some(unit) = self.device.unit()
             && request.data_out.is_empty()
-            && find(&request.cdb, unit.capabilities()).is_ok_and(|row| row.direction() == Direction::Out)
+            && find(&request.cdb, unit).is_ok_and(|row| row.direction() == Direction::Out)
         {
             request.data_out = vec![0; std::mem::take(&mut request.data_in)];
         }
@@ -232,7 +235,9 @@ impl World {
             Action::Drain { limit, intercept } => self.drain(limit.into(), intercept),
             Action::Step(which) => self.step(which),
             Action::Answer { which, status, data_in } => {
-                if let Some(index) = pick(&self.running, which) {
+                if let Some(index) = pick(&self.running, which)
+                    && !self.running[index].claim.is_answered()
+                {
                     let Running { claim, .. } = self.running.swap_remove(index);
                     let status = Status::from_code(status).unwrap_or(Status::CheckCondition);
                     let sense = (status == Status::CheckCondition).then_some(Sense::ABORTED_COMMAND);
@@ -248,7 +253,10 @@ impl World {
                     && self.running[index].step.is_none()
                 {
                     let claim = self.running[index].claim.clone();
-                    let step = claim.start();
+                    let step = claim.start().map(|started| match started {
+                        Started::Step(step) => Some(step),
+                        Started::Waiting | Started::Answered => None,
+                    });
                     self.go_on(index, &claim, step.map_err(drop));
                 }
             }
@@ -260,7 +268,9 @@ impl World {
                 }
             }
             Action::View(which) => {
-                if let Some(index) = pick(&self.running, which) {
+                if let Some(index) = pick(&self.running, which)
+                    && !self.running[index].claim.is_answered()
+                {
                     let claim = &self.running[index].claim;
                     assert!(claim.lend(), "there is no answer yet");
                     self.views.push((claim.clone(), None));
@@ -271,7 +281,10 @@ impl World {
                     self.release(index);
                 }
             }
-            Action::Commit => self.trust(|world| world.device.commit().map_err(drop)),
+            Action::Commit => {
+                self.trust(|world| world.device.commit().map_err(drop));
+                self.take_ready();
+            }
             Action::Reap => self.reap(),
             Action::Process => self.process(),
             Action::Abort { kind, first, count } => {
@@ -310,7 +323,7 @@ impl World {
                 Work::Command(claim) => (claim, None),
                 Work::Step(claim, step) => (claim, Some(step)),
             };
-            if self.trusted {
+            if self.trusted && !claim.is_answered() {
                 let sent = &self.sent[&self.kernel.ticket(claim.id().0).unwrap()];
                 let request = &sent.request;
                 assert!(request.cdb.starts_with(claim.cdb()) || claim.cdb().starts_with(&request.cdb));
@@ -329,6 +342,15 @@ impl World {
                 self.check(&claim, step);
             }
             self.running.push(Running { claim, step });
+        }
+        self.take_ready();
+    }
+
+    /// Commands that waited for the range of another one.
+    fn take_ready(&mut self) {
+        for (claim, step) in self.trust(|world| world.device.take_ready().map_err(drop)) {
+            self.check(&claim, &step);
+            self.running.push(Running { claim, step: Some(step) });
         }
     }
 
@@ -357,7 +379,8 @@ impl World {
     }
 
     fn sent_as(&self, claim: &Claim) -> Option<&Sent> {
-        self.trusted.then(|| &self.sent[&self.kernel.ticket(claim.id().0).unwrap()])
+        // A command that was answered early has no ticket any more, though it goes on.
+        (self.trusted && !claim.is_answered()).then(|| &self.sent[&self.kernel.ticket(claim.id().0).unwrap()])
     }
 
     fn step(&mut self, which: u8) {
@@ -365,7 +388,7 @@ impl World {
         let claim = self.running[index].claim.clone();
         let Some(step) = self.running[index].step.take() else { return };
         let range = step.offset.0 as usize..(step.offset.0 + step.length) as usize;
-        let mut scratch = None;
+        let mut scratch = StepResult::None;
         match (step.verb, step.buffer) {
             (Verb::Flush, _) => {}
             (Verb::Read, StepBuffer::Command(at)) => {
@@ -378,7 +401,7 @@ impl World {
                     sent.read = Some(bytes);
                 }
             }
-            (Verb::Read, _) => scratch = Some(self.disk[range].to_vec()),
+            (Verb::Read, _) => scratch = StepResult::Bytes(self.disk[range].to_vec()),
             (Verb::Write, StepBuffer::Owned(bytes)) => self.disk[range].copy_from_slice(&bytes),
             (Verb::Write, StepBuffer::Command(at)) => {
                 claim.data().read(at, &mut self.disk[range.clone()]);
@@ -388,6 +411,7 @@ impl World {
             }
             (Verb::Write, _) => unreachable!("a write has data"),
             (Verb::Discard | Verb::WriteZeroes, _) => self.disk[range].fill(0),
+            (Verb::Extents, _) => unreachable!("this unit cannot tell"),
         }
         let next = claim.advance(scratch).map_err(drop);
         self.go_on(index, &claim, next);
@@ -485,6 +509,9 @@ impl World {
                     Some(_) => self.step(0),
                     None => {
                         let claim = self.running.swap_remove(0).claim;
+                        if claim.is_answered() {
+                            continue;
+                        }
                         self.answer(&claim, Reply::check(Sense::ABORTED_COMMAND));
                     }
                 }

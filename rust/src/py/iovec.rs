@@ -204,9 +204,10 @@ impl IoVec {
     }
 }
 
-/// A memoryview of bytes over any contiguous buffer.
+/// A memoryview of bytes over any contiguous buffer. A strided one would be taken for what lies behind its first byte.
 fn flat<'py>(object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyMemoryView>> {
     let view = PyMemoryView::from(object)?;
+    contiguous(view.as_any())?;
     if view.getattr("format")?.extract::<&str>()? == "B" && view.getattr("ndim")?.extract::<usize>()? == 1 {
         return Ok(view);
     }
@@ -241,9 +242,9 @@ impl IoVec {
     }
 
     fn __getitem__<'py>(&self, py: Python<'py>, index: isize) -> PyResult<Bound<'py, PyMemoryView>> {
-        // CPython has added the length to a negative index already.
         let mut views = self.views(py)?;
-        match usize::try_from(index) {
+        let from_the_end = index.checked_add_unsigned(views.len());
+        match usize::try_from(index).or_else(|_| from_the_end.unwrap_or(-1).try_into()) {
             Ok(index) if index < views.len() => Ok(views.swap_remove(index)),
             _ => Err(PyIndexError::new_err("IoVec index out of range")),
         }

@@ -10,10 +10,10 @@ use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
 
 use super::iovec::IoVec;
 use super::unit::LogicalUnit;
-use crate::device::{Answered, Claim, Device, DeviceError, Work};
+use crate::device::{Claim, Device, DeviceError, Started, Work};
 use crate::mapping::Mapping;
 use crate::scsi::sense::{Sense, SenseKey};
-use crate::scsi::{DataBuffer, Reply, Status, Step, StepBuffer, Verb};
+use crate::scsi::{BlockState, DataBuffer, MediumExtent, Reply, Status, Step, StepBuffer, StepResult, Verb};
 
 /// One device's ring and doorbell.
 #[pyclass(frozen, module = "tcmu_rs._native")]
@@ -73,7 +73,11 @@ impl Ring {
     /// Takes up to `limit` entries: answers what needs no handler, returns the rest.
     fn drain<'py>(&self, py: Python<'py>, limit: usize) -> PyResult<Bound<'py, PyList>> {
         let list = PyList::empty(py);
-        for work in self.device.drain(limit, self.intercept)? {
+        let work = self.device.drain(limit, self.intercept)?;
+        for (claim, step) in self.device.take_ready()? {
+            list.append(self.command(py, claim, Some(step))?)?;
+        }
+        for work in work {
             match work {
                 Work::Step(claim, step) => list.append(self.command(py, claim, Some(step))?)?,
                 Work::Command(claim) => list.append(self.command(py, claim, None)?)?,
@@ -91,10 +95,21 @@ impl Ring {
         Ok(self.device.pending()?)
     }
 
-    /// Hands back what was answered, with one doorbell.
-    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+    /// Hands back what was answered, with one doorbell. True: commands that had to wait for others can begin, see
+    /// `ready`.
+    fn commit(&self, py: Python<'_>) -> PyResult<bool> {
         // The kernel copies the Data-In of the whole batch inside the doorbell's write().
-        Ok(py.detach(|| self.device.commit())?)
+        py.detach(|| self.device.commit())?;
+        Ok(self.device.has_ready())
+    }
+
+    /// The commands that had to wait for others and can begin.
+    fn ready<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let list = PyList::empty(py);
+        for (claim, step) in self.device.take_ready()? {
+            list.append(self.command(py, claim, Some(step))?)?;
+        }
+        Ok(list)
     }
 
     /// Commands that are not answered.
@@ -141,8 +156,8 @@ impl Ring {
             claim,
             step: Mutex::new(step),
             scratch: Mutex::new(None),
+            extents: Mutex::default(),
             fills_reads: self.fills_reads,
-            lent: Mutex::new(None),
         };
         Bound::new(py, command)
     }
@@ -154,8 +169,8 @@ pub struct Command {
     claim: Arc<Claim>,
     step: Mutex<Option<Step>>,
     scratch: Mutex<Option<Py<PyByteArray>>>,
+    extents: Mutex<Vec<MediumExtent>>,
     fills_reads: bool,
-    lent: Mutex<Option<Answered>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -171,7 +186,7 @@ impl Command {
 
     fn answer(&self, reply: Reply) -> PyResult<()> {
         self.set(None);
-        *lock(&self.lent) = Some(self.claim.answer(reply)?);
+        self.claim.answer(reply)?;
         Ok(())
     }
 
@@ -262,26 +277,50 @@ impl Command {
         IoVec::of_command(self.claim.clone(), true, 0, self.claim.data_in().len())
     }
 
-    /// Lets the emulation look at an intercepted command. True: there is a step.
+    /// Lets the emulation look at an intercepted command. True: there is a step. False: it is answered, or has to wait for
+    /// others, and comes out of the ring again when it can begin.
     fn emulate(&self) -> PyResult<bool> {
-        Ok(self.set(self.claim.start()?))
+        Ok(self.set(match self.claim.start()? {
+            Started::Step(step) => Some(step),
+            Started::Waiting | Started::Answered => None,
+        }))
     }
 
-    /// The step succeeded. True: there is another one; False: the command is answered.
+    /// The step succeeded. True: there is another one, even if the command is answered by now (IMMED); False: there is
+    /// no more to do.
     ///
     /// Raises RuntimeError, and answers nothing, if a read left Data-In unwritten.
     fn advance(&self, py: Python<'_>) -> PyResult<bool> {
-        let unwritten = match &*lock(&self.step) {
-            Some(Step { verb: Verb::Read, buffer: StepBuffer::Command(_), length: 1.., .. }) => {
-                !self.claim.is_filled()
+        let unwritten = || Err(PyRuntimeError::new_err("read() returned without filling its IoVec"));
+        let result = match &*lock(&self.step) {
+            Some(Step { verb: Verb::Read, buffer: StepBuffer::Command(_), length: 1.., .. })
+                if !self.claim.is_filled() =>
+            {
+                return unwritten();
             }
-            _ => false,
+            Some(Step { buffer: StepBuffer::Scratch, .. }) => match lock(&self.scratch).take() {
+                Some(scratch) => StepResult::Bytes(scratch.bind(py).to_vec()),
+                None => return unwritten(),
+            },
+            Some(Step { verb: Verb::Extents, .. }) => {
+                StepResult::Extents(std::mem::take(&mut lock(&self.extents)))
+            }
+            _ => StepResult::None,
         };
-        if unwritten {
-            return Err(PyRuntimeError::new_err("read() returned without filling its IoVec"));
-        }
-        let scratch = lock(&self.scratch).take().map(|scratch| scratch.bind(py).to_vec());
-        Ok(self.set(self.claim.advance(scratch)?))
+        Ok(self.set(self.claim.advance(result)?))
+    }
+
+    /// What the handler answered to the verb for extents: lengths in bytes, and states with the codes of GET LBA
+    /// STATUS.
+    #[pyo3(signature = (extents, /))]
+    fn set_extents(&self, extents: Vec<(u64, u8)>) -> PyResult<()> {
+        let known = |(length, state)| {
+            let state = BlockState::from_code(state)
+                .ok_or_else(|| PyValueError::new_err(format!("no state of an extent: {state}")))?;
+            Ok(MediumExtent { length, state })
+        };
+        *lock(&self.extents) = extents.into_iter().map(known).collect::<PyResult<_>>()?;
+        Ok(())
     }
 
     /// Answers with a status and, for CHECK CONDITION, sense data. Harmless if there was an answer.
@@ -299,6 +338,10 @@ impl Command {
     #[pyo3(signature = (data_in = None))]
     fn succeed(&self, data_in: Option<usize>) -> PyResult<()> {
         let whole = if self.claim.is_filled() { self.claim.data_in().len() } else { 0 };
+        // Bytes that are said to be valid and were never written: zeroes, and not what the memory held before.
+        if data_in > Some(0) {
+            self.claim.zero_unless_filled();
+        }
         self.answer(Reply::good(data_in.unwrap_or(whole)))
     }
 
@@ -311,9 +354,6 @@ impl Command {
     /// Views that were left when the command was answered: memory that cannot be used again yet.
     #[getter]
     fn lent(&self) -> usize {
-        match *lock(&self.lent) {
-            Some(Answered::Kept { views } | Answered::Held { views }) => views,
-            _ => 0,
-        }
+        self.claim.outlived_by()
     }
 }

@@ -11,20 +11,29 @@
 mod batch;
 mod capacity;
 mod cdb;
+mod defects;
+mod format;
 mod geometry;
 mod identity;
 mod inquiry;
+mod job;
+mod lba_status;
+mod log;
 mod lun;
 mod luns;
 mod mode;
+mod mode_select;
+mod modify;
 pub mod opcodes;
 mod power;
 mod ready;
+mod sanitize;
 pub mod sense;
 mod supported;
 mod task;
 mod transfer;
 mod unmap;
+mod verify;
 mod vpd;
 mod write_same;
 
@@ -100,6 +109,8 @@ pub enum Verb {
     Discard,
     /// The range reads as zeroes from now on.
     WriteZeroes,
+    /// Tell which parts of the range have storage: [`StepResult::Extents`].
+    Extents,
 }
 
 /// Where the bytes of an operation are.
@@ -113,6 +124,52 @@ pub enum StepBuffer {
     Owned(Vec<u8>),
     /// The operation reads into memory of its own; [`LogicalUnit::resume`] gets the bytes.
     Scratch,
+}
+
+/// What the medium has for a block, with the codes of GET LBA STATUS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum BlockState {
+    /// Storage with data.
+    Mapped = 0,
+    /// No storage.
+    Deallocated = 1,
+    /// Storage that is reserved, without data.
+    Anchored = 2,
+}
+
+impl BlockState {
+    /// The state of this code.
+    #[must_use]
+    pub const fn from_code(code: u8) -> Option<Self> {
+        Some(match code {
+            0 => Self::Mapped,
+            1 => Self::Deallocated,
+            2 => Self::Anchored,
+            _ => return None,
+        })
+    }
+}
+
+/// Bytes in one state; the next ones follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MediumExtent {
+    /// How many.
+    pub length: u64,
+    /// Their state.
+    pub state: BlockState,
+}
+
+/// What a step brought, beside success.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum StepResult {
+    /// Nothing.
+    #[default]
+    None,
+    /// The bytes that were read with [`StepBuffer::Scratch`], exactly the step's length.
+    Bytes(Vec<u8>),
+    /// The answer to [`Verb::Extents`], from the start of the step; it may end early.
+    Extents(Vec<MediumExtent>),
 }
 
 /// One operation for the handler. In range, aligned to blocks and allowed: the emulation has checked.
@@ -170,6 +227,43 @@ impl Reply {
     }
 }
 
+/// What a command touches from its first step to its last, in bytes: all that it reads, writes or discards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach {
+    /// The first byte.
+    pub first: u64,
+    /// The byte behind the last one.
+    pub end: u64,
+    /// No other command may touch any of it meanwhile.
+    pub exclusive: bool,
+}
+
+impl Reach {
+    const NOTHING: Self = Self { first: 0, end: 0, exclusive: false };
+
+    const fn shared(first: u64, end: u64) -> Self {
+        Self { first, end, exclusive: false }
+    }
+
+    const fn exclusive(first: u64, end: u64) -> Self {
+        Self { first, end, exclusive: true }
+    }
+
+    /// Whether there is nothing in it.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.first >= self.end
+    }
+
+    /// Whether the two must not run at the same time.
+    #[must_use]
+    pub const fn excludes(&self, other: &Self) -> bool {
+        let first = if self.first > other.first { self.first } else { other.first };
+        let end = if self.end < other.end { self.end } else { other.end };
+        (self.exclusive || other.exclusive) && first < end
+    }
+}
+
 /// What happens next to a command.
 #[derive(Debug)]
 pub enum Next {
@@ -177,4 +271,7 @@ pub enum Next {
     Done(Reply),
     /// The handler is needed; keep the task for [`LogicalUnit::resume`].
     Call(Step, Task),
+    /// The same, but the command is answered now, with GOOD: the task goes on without it (IMMED). None of its steps
+    /// has to do with the command's buffer, and how it ends is known by the state of the unit.
+    Early(Step, Task),
 }

@@ -1,0 +1,243 @@
+"""Serves the devices that other programs make: the successor's side of `targetcli`.
+
+A device is ours if the handler in its configuration, `HANDLER/CONFIG`, is among those that we were given. All other
+devices are none of our business: they are not opened, and their events are not answered.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+import trio
+
+from . import _lio, _sysfs
+from ._errors import DeviceError
+from ._handler import Handler, Options, check
+from ._netlink import DeviceEvents, Rescan
+from ._runtime import GRACE, serve_uio
+
+if TYPE_CHECKING:
+    from ._native import DeviceEvent
+    from ._runtime import Device
+    from ._sysfs import UioDevice
+
+_log = logging.getLogger("tcmu_rs")
+
+_Key = tuple[int, str]
+
+_SERIAL_WITHIN = 2.0
+"""Seconds for a device's serial number to appear: rtslib writes it after the kernel has announced the device."""
+
+
+class _Service:
+    def __init__(self, uio: UioDevice) -> None:
+        self.uio = uio
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+        self.device: Device | None = None
+        self.removed = False
+
+    def block(self) -> None:
+        """Tells initiators that the device is busy, until somebody serves it again."""
+        # Not when the kernel removes it: configfs below its HBA waits for our answer then, and we would for it.
+        if not self.removed:
+            with suppress(OSError, _lio.LioError):
+                _lio.block(_lio.Backstore(self.uio.name, self.uio.hba, ""))
+
+
+class Daemon:
+    """The devices being served; made by `serve_all`."""
+
+    def __init__(self, handlers: Mapping[str, type[Handler]], events: DeviceEvents, grace: float) -> None:
+        self._handlers = handlers
+        self._events = events
+        self._grace = grace
+        self._services: dict[_Key, _Service] = {}
+
+    @property
+    def devices(self) -> list[Device]:
+        """Those whose commands flow."""
+        return [service.device for service in self._services.values() if service.device is not None]
+
+    def hurry(self) -> None:
+        """Ends the grace period of devices that are stopping."""
+        for device in self.devices:
+            device.shorten_grace()
+
+    async def _run(self, task_status: trio.TaskStatus[Daemon]) -> None:
+        async with trio.open_nursery() as nursery:
+            self._rescan(nursery)
+            task_status.started(self)
+            async for event in self._events:
+                if isinstance(event, Rescan):
+                    self._rescan(nursery)
+                elif (parsed := _sysfs.parse_uio_name(event.name)) and self._handler_of(parsed[2]):
+                    await self._take(event, parsed[:2], nursery)
+
+    async def _take(self, event: DeviceEvent, key: _Key, nursery: trio.Nursery) -> None:
+        if event.kind == "removed":
+            if service := self._services.get(key):
+                service.removed = True
+                service.scope.cancel()
+                await service.ended.wait()
+            self._events.reply(event)
+        elif event.kind == "reconfig":
+            _log.warning("%s/%s: changing a device in service is not supported", *key)
+            self._events.reply(event, -errno.EOPNOTSUPP)
+        elif (uio := await trio.to_thread.run_sync(_sysfs.find, *key)) is None:
+            self._events.reply(event, -errno.ENODEV)
+        else:
+            self._start(uio, event, nursery)
+
+    def _rescan(self, nursery: trio.Nursery) -> None:
+        for uio in _sysfs.scan():
+            if (uio.hba, uio.name) not in self._services and self._handler_of(uio.config):
+                self._start(uio, None, nursery)
+
+    def _handler_of(self, config: str) -> type[Handler] | None:
+        return self._handlers.get(config.partition("/")[0])
+
+    def _start(self, uio: UioDevice, event: DeviceEvent | None, nursery: trio.Nursery) -> None:
+        key = (uio.hba, uio.name)
+        if key in self._services:
+            # Found by the scan already, which the announcement overlapped.
+            if event is not None:
+                self._events.reply(event)
+            return
+        self._services[key] = _Service(uio)
+        nursery.start_soon(self._serve, self._services[key], event)
+
+    async def _serve(self, service: _Service, event: DeviceEvent | None) -> None:
+        """Serves one device; whatever happens to it stays with it."""
+        uio = service.uio
+        try:
+            with service.scope:
+                await self._open_and_serve(service, event)
+        except Exception as group:
+            for error in _leaves(group):
+                expected = isinstance(error, OSError | ValueError | TypeError | DeviceError | _lio.LioError)
+                _log.error("%s: not served: %s", uio.name, error, exc_info=None if expected else error)
+        finally:
+            del self._services[uio.hba, uio.name]
+            service.ended.set()
+
+    async def _open_and_serve(self, service: _Service, event: DeviceEvent | None) -> None:
+        uio = service.uio
+        backstore = _lio.Backstore(uio.name, uio.hba, "")
+        kind = self._handler_of(uio.config)
+        assert kind is not None
+        try:
+            size, block_size = await trio.to_thread.run_sync(_shape, backstore)
+            config = _lio.decode_config(uio.config.partition("/")[2])
+            handler = kind.from_config(config, Options(size=size, block_size=block_size))
+            await handler.__aenter__()
+        except BaseException as error:
+            # The program that makes the device gets the error number, and the device is gone.
+            if event is not None:
+                self._events.reply(event, -((error.errno if isinstance(error, OSError) else 0) or errno.EINVAL))
+            raise
+        try:
+            try:
+                check(handler)
+                if (handler.size, handler.block_size) != (size, block_size):
+                    raise ValueError(
+                        f"the kernel was told {size} bytes in blocks of {block_size}, "
+                        f"the storage has {handler.size} in blocks of {handler.block_size}"
+                    )
+            except (TypeError, ValueError):
+                if event is not None:
+                    self._events.reply(event, -errno.EINVAL)
+                raise
+            if event is not None:
+                self._events.reply(event)
+            async with trio.open_nursery() as nursery:
+                service.device = await nursery.start(self._serve_ring, handler, service, backstore)
+                _log.info("%s: serving %s", uio.name, uio.config)
+        finally:
+            service.device = None
+            with trio.move_on_after(self._grace, shield=True):
+                await handler.aclose()
+
+    async def _serve_ring(
+        self, handler: Handler, service: _Service, backstore: _lio.Backstore, task_status: trio.TaskStatus[Device]
+    ) -> None:
+        await serve_uio(
+            handler,
+            service.uio,
+            name=service.uio.name,
+            wwn=await _serial(backstore),
+            take_over=True,
+            before_stop=service.block,
+            grace=self._grace,
+            task_status=task_status,
+        )
+
+
+def _shape(backstore: _lio.Backstore) -> tuple[int, int]:
+    attributes = backstore.path / "attrib"
+    return int((attributes / "dev_size").read_text()), int((attributes / "hw_block_size").read_text())
+
+
+async def _serial(backstore: _lio.Backstore) -> str:
+    """The serial number that the device was given, or one made from its name."""
+    with trio.move_on_after(_SERIAL_WITHIN):
+        while True:
+            if serial := await trio.to_thread.run_sync(_lio.serial_number, backstore):
+                return serial
+            await trio.sleep(0.05)
+    return _lio.default_wwn(backstore.name, "")
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+
+
+async def serve_all(
+    handlers: Mapping[str, type[Handler]],
+    *,
+    replies: bool = False,
+    grace: float = GRACE,
+    task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves every device of this machine whose handler is among `handlers`, those to come too.
+
+    Args:
+        handlers: Classes by the name that devices are configured with.
+        replies: Let the kernel wait for our answer when a device is made or removed, so that a device whose storage
+            cannot be opened is refused where it is made. This is a switch of the whole machine and stays on: devices
+            of handlers that nobody serves then hang whoever makes them.
+        grace: Seconds for commands in flight when a device stops.
+        task_status: Gets the `Daemon` when the present devices have been looked at.
+
+    Resource handling: a device whose server stops is left to its LUNs, and blocked: initiators are told that it is
+    busy until somebody serves it again.
+
+    Error handling: what happens to one device is logged and stays with it.
+
+    Raises:
+        FileNotFoundError: The kernel module `target_core_user` is not loaded.
+        PermissionError: We are not root.
+    """
+    with DeviceEvents() as events:
+        if replies:
+            events.set_features(True)
+        _log.debug("process %d serves %s", os.getpid(), ", ".join(handlers))
+        await Daemon(handlers, events, grace)._run(task_status)
+
+
+@asynccontextmanager
+async def serving(
+    handlers: Mapping[str, type[Handler]], *, replies: bool = False, grace: float = GRACE
+) -> AsyncIterator[Daemon]:
+    """`serve_all` for the length of an `async with` block."""
+    async with trio.open_nursery() as nursery:
+        yield await nursery.start(functools.partial(serve_all, handlers, replies=replies, grace=grace))
+        nursery.cancel_scope.cancel()
