@@ -10,8 +10,11 @@ async with tcmu_rs.testing.simulated(MyHandler()) as disk:
 The simulator plays the kernel's side of the ring in a memory file; from the ring up everything is the code that
 serves real devices. It fills Data-In with a pattern first and overwrites the data area after each answer, and fails
 the test when a byte was never written, a command was answered twice, or the ring was handled against the rules.
+
+`check_block_handler` checks a handler against every obligation of its interface, and says which one is broken.
 """
 
+from ._conformance import BrokenObligation, Obligation, check_block_handler
 from ._simulated import (
     ABORT_TASK,
     CAP_KEEP_BUF,
@@ -31,7 +34,10 @@ __all__ = [
     "CAP_READ_LEN",
     "CAP_TMR",
     "LUN_RESET",
+    "BrokenObligation",
+    "Obligation",
     "Reply",
     "SimulatedDisk",
+    "check_block_handler",
     "simulated",
 ]
