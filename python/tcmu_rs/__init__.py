@@ -16,7 +16,7 @@ from ._errors import (
     ScsiError,
     WriteProtected,
 )
-from ._handler import BlockHandler, Handler, Identity, Options, blocking
+from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
 from ._native import Command, IoVec, __version__, debug_build
 from ._runtime import Device
 
@@ -33,6 +33,7 @@ __all__ = [
     "Device",
     "DeviceError",
     "DeviceRemovedError",
+    "ExtentState",
     "Handler",
     "HardwareError",
     "Identity",

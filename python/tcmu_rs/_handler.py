@@ -134,6 +134,10 @@ class BlockHandler(Handler):
     `write_zeroes(self, offset, length)`
         The range reads as zeroes from now on. **If omitted**, or with `can_write_zeroes` False: `write` is called
         with zeroes.
+    `extents(self, offset, length)`
+        Which parts of the range have storage: a sequence of pairs, length in bytes and `ExtentState`, from `offset` on.
+        It may end early, after one block at least. Of a block that is only partly free nothing is. **If omitted**, or
+        with `can_extents` False: all of the disk is said to be in use.
     `scsi_command(self, cmd)`
         Asked first about every command; as `Handler.command`, or return `NotImplemented` to leave it to the
         emulation.
@@ -151,11 +155,15 @@ class BlockHandler(Handler):
         physical_block_size: Bytes that the storage writes at once, for the initiator to align to.
         read_only: Refuse every change, `write` or not.
         rotational: Whether nearby blocks are cheaper than distant ones.
+        removable: Whether initiators may eject the disk, and load it again.
         native_fua: `write` has the keyword `fua`.
         fills_reads: `read` promises to have written every byte of `iov` if it returns. Without the promise the memory
             is zeroed before a view of it is taken.
         can_discard: Refines the presence of `discard`.
         can_write_zeroes: Refines the presence of `write_zeroes`.
+        can_extents: Refines the presence of `extents`.
+        max_atomic_write: `write` of up to so many bytes is stored whole or not at all, even if the power fails; 0 if
+            nothing is promised, and then initiators are not offered WRITE ATOMIC.
         discard_zeroes: A discarded range reads as zeroes (LBPRZ).
         discard_granularity: Bytes below which a discard frees nothing; 0 for one block.
         identity: How the disk introduces itself.
@@ -164,13 +172,27 @@ class BlockHandler(Handler):
     physical_block_size: int | None = None
     read_only: bool = False
     rotational: bool = False
+    removable: bool = False
     native_fua: bool = False
     fills_reads: bool = False
     can_discard: bool = True
     can_write_zeroes: bool = True
+    can_extents: bool = True
+    max_atomic_write: int = 0
     discard_zeroes: bool = False
     discard_granularity: int = 0
     identity: Identity = Identity()
+
+
+class ExtentState(IntEnum):
+    """What a disk has for a range of bytes: the codes of GET LBA STATUS."""
+
+    MAPPED = 0
+    """Storage with data."""
+    DEALLOCATED = 1
+    """No storage; reads as after `discard`."""
+    ANCHORED = 2
+    """Storage that is reserved, without data."""
 
 
 class Verb(IntEnum):
@@ -181,6 +203,7 @@ class Verb(IntEnum):
     FLUSH = 2
     DISCARD = 3
     WRITE_ZEROES = 4
+    EXTENTS = 5
 
 
 METHODS = {
@@ -189,6 +212,7 @@ METHODS = {
     Verb.FLUSH: "flush",
     Verb.DISCARD: "discard",
     Verb.WRITE_ZEROES: "write_zeroes",
+    Verb.EXTENTS: "extents",
 }
 
 

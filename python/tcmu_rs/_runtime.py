@@ -35,6 +35,8 @@ BATCH = 64
 """Entries taken from the ring at once; between batches other tasks run."""
 PENDING_LIMIT = 1024
 """Commands kept waiting for a worker; more stay in the ring."""
+STEPS = 4
+"""Steps of one command between two passes of the loop."""
 GRACE = 10.0
 """Seconds that commands in flight get when a device stops."""
 
@@ -148,11 +150,15 @@ class Device:
             Verb.FLUSH: lambda cmd: (),
             Verb.DISCARD: lambda cmd: (cmd.offset, cmd.length),
             Verb.WRITE_ZEROES: lambda cmd: (cmd.offset, cmd.length),
+            Verb.EXTENTS: lambda cmd: (cmd.offset, cmd.length),
         }
         for verb, name in METHODS.items():
             if has(handler, name):
                 calls[int(verb)] = self._colour(
-                    name, arguments[verb], None, fua=verb == Verb.WRITE and handler.native_fua
+                    name,
+                    arguments[verb],
+                    self._set_extents if verb == Verb.EXTENTS else None,
+                    fua=verb == Verb.WRITE and handler.native_fua,
                 )
         return calls
 
@@ -207,6 +213,9 @@ class Device:
         if result is not None and not isinstance(result, int):
             raise TypeError(f"{type(self.handler).__name__} returned {result!r}: return None or a number of bytes")
         cmd.succeed(result)
+
+    def _set_extents(self, cmd: _native.Command, result: Any) -> None:
+        cmd.set_extents([(int(length), int(state)) for length, state in result])
 
     def _reply_or_emulate(self, cmd: _native.Command, result: Any) -> None:
         if result is NotImplemented:
@@ -296,6 +305,10 @@ class Device:
         failure: _errors.Failure | None = None
         crash: Exception | None = None
         verb = cmd.verb
+        steps = 0
+        if cmd.answered:
+            # IMMED: the initiator does not wait for what follows.
+            self._commit()
         try:
             while True:
                 call = self._calls.get(verb)
@@ -309,12 +322,16 @@ class Device:
                     except StopIteration:
                         pass
                     else:
-                        self._scopes[cmd.id] = scope
+                        # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
+                        cmd_id = None if cmd.answered else cmd.id
+                        if cmd_id is not None:
+                            self._scopes[cmd_id] = scope
                         self._call_workers()
                         try:
                             await _resume(coroutine, trap)
                         finally:
-                            del self._scopes[cmd.id]
+                            if cmd_id is not None:
+                                del self._scopes[cmd_id]
                     del coroutine
                 if verb is None:
                     # Answered by now, or left to the emulation, which may want a step done.
@@ -323,6 +340,10 @@ class Device:
                 elif not cmd.advance():
                     break
                 verb = cmd.verb
+                steps += 1
+                if steps % STEPS == 0:
+                    # A handler that never suspends must not keep the loop for the length of a FORMAT UNIT.
+                    await self._pause(cmd, scope)
         except _errors.DeviceError:
             raise
         except Exception as error:
@@ -345,6 +366,19 @@ class Device:
                 self._drained.set()
         if crash is not None:
             raise crash
+
+    async def _pause(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
+        """Lets others run between two steps of a long command."""
+        self._dirty = True
+        cmd_id = None if cmd.answered else cmd.id
+        if cmd_id is not None:
+            self._scopes[cmd_id] = scope
+        self._call_workers()
+        try:
+            await trio.lowlevel.checkpoint()
+        finally:
+            if cmd_id is not None:
+                del self._scopes[cmd_id]
 
     def _failure(self, error: Exception, verb: int | None) -> _errors.Failure:
         writing = verb not in (None, Verb.READ)
@@ -472,6 +506,9 @@ def unit_for(handler: BlockHandler, *, serial: str, naa: bytes) -> _native.Logic
         discard=has(handler, "discard"),
         discard_zeroes=handler.discard_zeroes,
         write_zeroes=has(handler, "write_zeroes"),
+        extents=has(handler, "extents"),
+        max_atomic_write=handler.max_atomic_write,
+        removable=handler.removable,
         vendor=identity.vendor,
         product=identity.product,
         revision=identity.revision,

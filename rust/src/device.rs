@@ -31,7 +31,7 @@ use crate::ring::parking::Parking;
 use crate::ring::{Buffer, Cdb, CmdId, Entry, Response, Ring, RingError, TaskManagement};
 use crate::scsi::LogicalUnit;
 use crate::scsi::sense::{Sense, SenseFormat};
-use crate::scsi::{DataBuffer, Next, Reply, Status, Step, Task, Verb};
+use crate::scsi::{DataBuffer, Next, Reply, Status, Step, StepResult, Task, Verb};
 
 /// What ends a device. A command that fails is not among it: that is an answer.
 #[derive(Debug, thiserror::Error)]
@@ -348,14 +348,15 @@ impl Claim {
         }
     }
 
-    /// The step succeeded: returns the next one, or `None` if the command is answered now.
+    /// The step succeeded, with `result`: returns the next one, or `None` if there is no more to do. The command is
+    /// answered then, or was before.
     ///
     /// # Errors
     /// [`DeviceError::Ring`] from the answer.
-    pub fn advance(&self, scratch: Option<Vec<u8>>) -> Result<Option<Step>, DeviceError> {
+    pub fn advance(&self, result: StepResult) -> Result<Option<Step>, DeviceError> {
         let task = lock(&self.task).take();
         match (&self.device.unit, task) {
-            (Some(unit), Some(task)) => self.go_on(unit.resume(task, &self.data, scratch)),
+            (Some(unit), Some(task)) => self.go_on(unit.resume(task, &self.data, result)),
             _ => Ok(None),
         }
     }
@@ -363,6 +364,12 @@ impl Claim {
     fn go_on(&self, next: Next) -> Result<Option<Step>, DeviceError> {
         match next {
             Next::Done(reply) => self.answer(reply).map(|_| None),
+            Next::Early(step, task) => {
+                // The task goes on without the initiator: what holds it is the step that is handed out.
+                self.answer(Reply::good(0))?;
+                *lock(&self.task) = Some(task);
+                Ok(Some(step))
+            }
             Next::Call(step, task) => {
                 *lock(&self.task) = Some(task);
                 // It stays so: the flush after a write has no data of its own.
@@ -411,6 +418,8 @@ impl Claim {
     /// # Errors
     /// [`DeviceError::Ring`] when the ring is dead: the answer goes nowhere then, and the device is over.
     pub fn answer(&self, reply: Reply) -> Result<Answered, DeviceError> {
+        // What is left to do is not done any more: dropping it tells the unit.
+        drop(lock(&self.task).take());
         if self.answered.swap(true, Ordering::AcqRel) {
             return Ok(Answered::Already);
         }

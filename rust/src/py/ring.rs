@@ -13,7 +13,7 @@ use super::unit::LogicalUnit;
 use crate::device::{Answered, Claim, Device, DeviceError, Work};
 use crate::mapping::Mapping;
 use crate::scsi::sense::{Sense, SenseKey};
-use crate::scsi::{DataBuffer, Reply, Status, Step, StepBuffer, Verb};
+use crate::scsi::{BlockState, DataBuffer, MediumExtent, Reply, Status, Step, StepBuffer, StepResult, Verb};
 
 /// One device's ring and doorbell.
 #[pyclass(frozen, module = "tcmu_rs._native")]
@@ -141,6 +141,7 @@ impl Ring {
             claim,
             step: Mutex::new(step),
             scratch: Mutex::new(None),
+            extents: Mutex::default(),
             fills_reads: self.fills_reads,
             lent: Mutex::new(None),
         };
@@ -154,6 +155,7 @@ pub struct Command {
     claim: Arc<Claim>,
     step: Mutex<Option<Step>>,
     scratch: Mutex<Option<Py<PyByteArray>>>,
+    extents: Mutex<Vec<MediumExtent>>,
     fills_reads: bool,
     lent: Mutex<Option<Answered>>,
 }
@@ -267,21 +269,41 @@ impl Command {
         Ok(self.set(self.claim.start()?))
     }
 
-    /// The step succeeded. True: there is another one; False: the command is answered.
+    /// The step succeeded. True: there is another one, even if the command is answered by now (IMMED); False: there is
+    /// no more to do.
     ///
     /// Raises RuntimeError, and answers nothing, if a read left Data-In unwritten.
     fn advance(&self, py: Python<'_>) -> PyResult<bool> {
-        let unwritten = match &*lock(&self.step) {
-            Some(Step { verb: Verb::Read, buffer: StepBuffer::Command(_), length: 1.., .. }) => {
-                !self.claim.is_filled()
+        let unwritten = || Err(PyRuntimeError::new_err("read() returned without filling its IoVec"));
+        let result = match &*lock(&self.step) {
+            Some(Step { verb: Verb::Read, buffer: StepBuffer::Command(_), length: 1.., .. })
+                if !self.claim.is_filled() =>
+            {
+                return unwritten();
             }
-            _ => false,
+            Some(Step { buffer: StepBuffer::Scratch, .. }) => match lock(&self.scratch).take() {
+                Some(scratch) => StepResult::Bytes(scratch.bind(py).to_vec()),
+                None => return unwritten(),
+            },
+            Some(Step { verb: Verb::Extents, .. }) => {
+                StepResult::Extents(std::mem::take(&mut lock(&self.extents)))
+            }
+            _ => StepResult::None,
         };
-        if unwritten {
-            return Err(PyRuntimeError::new_err("read() returned without filling its IoVec"));
-        }
-        let scratch = lock(&self.scratch).take().map(|scratch| scratch.bind(py).to_vec());
-        Ok(self.set(self.claim.advance(scratch)?))
+        Ok(self.set(self.claim.advance(result)?))
+    }
+
+    /// What the handler answered to the verb for extents: lengths in bytes, and states with the codes of GET LBA
+    /// STATUS.
+    #[pyo3(signature = (extents, /))]
+    fn set_extents(&self, extents: Vec<(u64, u8)>) -> PyResult<()> {
+        let known = |(length, state)| {
+            let state = BlockState::from_code(state)
+                .ok_or_else(|| PyValueError::new_err(format!("no state of an extent: {state}")))?;
+            Ok(MediumExtent { length, state })
+        };
+        *lock(&self.extents) = extents.into_iter().map(known).collect::<PyResult<_>>()?;
+        Ok(())
     }
 
     /// Answers with a status and, for CHECK CONDITION, sense data. Harmless if there was an answer.

@@ -25,7 +25,8 @@ impl LogicalUnit {
     #[pyo3(signature = (
         *, size, block_size, vendor, product, revision, serial, naa, physical_block_size = None, rotational = false,
         discard_granularity = 0, writable = false, flush = false, native_fua = false, discard = false,
-        discard_zeroes = false, write_zeroes = false,
+        discard_zeroes = false, write_zeroes = false, extents = false, max_atomic_write = 0,
+        removable = false,
     ))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)]
     fn new(
@@ -45,13 +46,27 @@ impl LogicalUnit {
         discard: bool,
         discard_zeroes: bool,
         write_zeroes: bool,
+        extents: bool,
+        max_atomic_write: u64,
+        removable: bool,
     ) -> PyResult<Self> {
         let mut geometry = Geometry::new(block_size, size);
         geometry.rotational = rotational;
+        geometry.removable = removable;
         geometry.physical_block_size = physical_block_size.unwrap_or(block_size);
         geometry.discard_granularity = discard_granularity.max(block_size.into());
-        let capabilities =
-            Capabilities { write: writable, flush, native_fua, discard, discard_zeroes, write_zeroes };
+        let atomic_blocks =
+            u32::try_from(max_atomic_write / u64::from(block_size.max(1))).unwrap_or(u32::MAX);
+        geometry.max_atomic_write_blocks = atomic_blocks.min(geometry.max_transfer_blocks);
+        let capabilities = Capabilities {
+            write: writable,
+            flush,
+            native_fua,
+            discard,
+            discard_zeroes,
+            write_zeroes,
+            extents,
+        };
         let identity = Identity::new(vendor, product, revision, serial, naa)?;
         Ok(Self { unit: Arc::new(Unit::new(identity, geometry, capabilities)?) })
     }

@@ -1,10 +1,13 @@
-//! A command that takes several steps: WRITE SAME and UNMAP.
+//! Commands that take several steps: WRITE SAME, UNMAP, FORMAT UNIT and SANITIZE.
 
+use super::job::Running;
 use super::task::{Stage, Task};
 use super::{ByteOffset, LogicalUnit, Next, Reply, Sense, Step, StepBuffer, Verb};
 
 /// How much data the emulation makes at once.
 const CHUNK_BYTES: u64 = 1 << 20;
+/// How much of the medium is discarded or zeroed at once while progress is to be seen.
+const PROGRESS_BYTES: u64 = 1 << 30;
 
 /// Blocks `first..end`, on which one thing is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,6 +15,23 @@ pub(super) struct Piece {
     pub(super) verb: Verb,
     pub(super) first: u64,
     pub(super) end: u64,
+    /// Data is written with all its bits inverted.
+    pub(super) inverted: bool,
+}
+
+impl Piece {
+    pub(super) const fn new(verb: Verb, first: u64, end: u64) -> Self {
+        Self { verb, first, end, inverted: false }
+    }
+}
+
+/// An operation on the whole medium, for those who ask how far it is.
+#[derive(Debug)]
+struct Progress {
+    running: Running,
+    done: u64,
+    total: u64,
+    flushed: bool,
 }
 
 /// Pieces of work in the order in which they are done.
@@ -21,44 +41,96 @@ pub(super) struct Batch {
     pieces: Vec<Piece>,
     /// The block that [`Verb::Write`] repeats; empty stands for zeroes.
     pattern: Vec<u8>,
+    progress: Option<Progress>,
 }
 
 impl Batch {
     /// Begins the work; `pieces` are in order and not empty.
     pub(super) fn start(lu: &LogicalUnit, mut pieces: Vec<Piece>, pattern: Vec<u8>) -> Next {
         pieces.reverse();
-        Box::new(Self { pieces, pattern }).advance(lu)
+        Box::new(Self { pieces, pattern, progress: None }).advance(lu)
+    }
+
+    /// Begins an operation on the whole medium; if `immediate`, the command is answered before it.
+    pub(super) fn job(
+        lu: &LogicalUnit,
+        mut pieces: Vec<Piece>,
+        pattern: Vec<u8>,
+        running: Running,
+        immediate: bool,
+    ) -> Next {
+        pieces.reverse();
+        let total = pieces.iter().map(|piece| piece.end - piece.first).sum();
+        let progress = Some(Progress { running, done: 0, total, flushed: false });
+        match Box::new(Self { pieces, pattern, progress }).advance(lu) {
+            Next::Call(step, task) if immediate => Next::Early(step, task),
+            next => next,
+        }
     }
 
     /// The next step.
     pub(super) fn advance(mut self: Box<Self>, lu: &LogicalUnit) -> Next {
         let Some(piece) = self.pieces.pop() else {
-            return if lu.is_write_through() { Next::flush() } else { Next::Done(Reply::good(0)) };
+            return self.finish(lu);
         };
         // The medium may have shrunk since the command's own check.
         if piece.end > lu.blocks() {
             return Next::Done(Reply::check(Sense::LBA_OUT_OF_RANGE));
         }
         let block_size = u64::from(lu.geometry().block_size);
-        let mut end = piece.end;
-        if piece.verb == Verb::Write {
-            end = end.min(piece.first + CHUNK_BYTES / block_size);
-            if end < piece.end {
-                self.pieces.push(Piece { first: end, ..piece });
-            }
+        let limit = match piece.verb {
+            Verb::Write => CHUNK_BYTES / block_size,
+            _ if self.progress.is_none() => u64::MAX,
+            _ => whole_granules(lu, PROGRESS_BYTES / block_size),
+        };
+        let end = piece.end.min(piece.first.saturating_add(limit));
+        if end < piece.end {
+            self.pieces.push(Piece { first: end, ..piece });
+        }
+        if let Some(progress) = &mut self.progress {
+            progress.running.progress(progress.done, progress.total);
+            progress.done += end - piece.first;
         }
         let length = (end - piece.first) * block_size;
         let buffer = match piece.verb {
-            Verb::Write => StepBuffer::Owned(self.data((end - piece.first) as usize, length as usize)),
+            Verb::Write => {
+                StepBuffer::Owned(self.data(&piece, (end - piece.first) as usize, length as usize))
+            }
             _ => StepBuffer::None,
         };
         let offset = ByteOffset(piece.first * block_size);
         Next::Call(Step { verb: piece.verb, offset, length, buffer, fua: false }, Task(Stage::Batch(self)))
     }
 
-    fn data(&self, blocks: usize, length: usize) -> Vec<u8> {
-        if self.pattern.is_empty() { vec![0; length] } else { self.pattern.repeat(blocks) }
+    fn data(&self, piece: &Piece, blocks: usize, length: usize) -> Vec<u8> {
+        let mut data = if self.pattern.is_empty() { vec![0; length] } else { self.pattern.repeat(blocks) };
+        if piece.inverted {
+            data.iter_mut().for_each(|byte| *byte = !*byte);
+        }
+        data
     }
+
+    /// All pieces are done. An operation on the whole medium has reached the medium when it ends.
+    fn finish(mut self: Box<Self>, lu: &LogicalUnit) -> Next {
+        match self.progress.take() {
+            None if lu.is_write_through() => Next::flush(),
+            None => Next::Done(Reply::good(0)),
+            Some(progress) if lu.capabilities().flush && !progress.flushed => {
+                self.progress = Some(Progress { flushed: true, ..progress });
+                Next::Call(Step::FLUSH, Task(Stage::Batch(self)))
+            }
+            Some(progress) => {
+                progress.running.succeed();
+                Next::Done(Reply::good(0))
+            }
+        }
+    }
+}
+
+/// About so many blocks, but whole granules: the next discard begins where this one ends.
+fn whole_granules(lu: &LogicalUnit, blocks: u64) -> u64 {
+    let granularity = lu.geometry().discard_granularity_blocks();
+    (blocks / granularity).max(1) * granularity
 }
 
 impl LogicalUnit {
@@ -66,7 +138,7 @@ impl LogicalUnit {
     pub(super) fn plan_zeroes(&self, pieces: &mut Vec<Piece>, first: u64, end: u64) {
         let verb = if self.capabilities().write_zeroes { Verb::WriteZeroes } else { Verb::Write };
         if first < end {
-            pieces.push(Piece { verb, first, end });
+            pieces.push(Piece::new(verb, first, end));
         }
     }
 
@@ -87,7 +159,7 @@ impl LogicalUnit {
             self.plan_zeroes(pieces, first, from);
         }
         if from < to {
-            pieces.push(Piece { verb: Verb::Discard, first: from, end: to });
+            pieces.push(Piece::new(Verb::Discard, from, to));
         }
         if self.capabilities().discard_zeroes {
             self.plan_zeroes(pieces, to, end);

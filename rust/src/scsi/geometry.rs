@@ -19,6 +19,13 @@ pub struct Geometry {
     pub optimal_transfer_blocks: u32,
     /// The longest READ or WRITE: longer ones are refused.
     pub max_transfer_blocks: u32,
+    /// The most blocks that COMPARE AND WRITE compares.
+    pub max_compare_blocks: u8,
+    /// The most blocks that a [`Verb::Write`] stores whole or not at all, whatever happens; 0 if the handler makes no
+    /// such promise, and then there is no WRITE ATOMIC.
+    ///
+    /// [`Verb::Write`]: super::Verb::Write
+    pub max_atomic_write_blocks: u32,
     /// What can be discarded: [`Verb::Discard`] starts and ends on multiples of this (after `discard_alignment`), or
     /// ends with the medium. A multiple of `block_size`.
     ///
@@ -34,6 +41,8 @@ pub struct Geometry {
     pub max_write_same_blocks: u64,
     /// Whether seeking costs time.
     pub rotational: bool,
+    /// Whether initiators may eject the medium, and load it again.
+    pub removable: bool,
 }
 
 impl Geometry {
@@ -49,12 +58,15 @@ impl Geometry {
             optimal_transfer_granularity_blocks: 0,
             optimal_transfer_blocks: 0,
             max_transfer_blocks: blocks(16 << 20),
+            max_compare_blocks: u8::MAX,
+            max_atomic_write_blocks: 0,
             discard_granularity: block_size.into(),
             discard_alignment: 0,
             max_discard_blocks: 1 << 20,
             max_discard_descriptors: 256,
             max_write_same_blocks: blocks(256 << 20).into(),
             rotational: false,
+            removable: false,
         }
     }
 
@@ -99,6 +111,14 @@ impl Geometry {
         Ok(())
     }
 
+    /// The same with the limits of single commands below the one of all transfers.
+    pub(super) fn normalized(mut self) -> Self {
+        let limit = u8::try_from(self.max_transfer_blocks).unwrap_or(u8::MAX);
+        self.max_compare_blocks = self.max_compare_blocks.min(limit);
+        self.max_atomic_write_blocks = self.max_atomic_write_blocks.min(self.max_transfer_blocks);
+        self
+    }
+
     /// log2 of logical blocks per physical block.
     pub(super) fn physical_exponent(&self) -> u8 {
         (self.physical_block_size / self.block_size).trailing_zeros() as u8
@@ -137,6 +157,10 @@ pub struct Capabilities {
     ///
     /// [`Verb::WriteZeroes`]: super::Verb::WriteZeroes
     pub write_zeroes: bool,
+    /// [`Verb::Extents`]; without it every block is said to be mapped.
+    ///
+    /// [`Verb::Extents`]: super::Verb::Extents
+    pub extents: bool,
 }
 
 impl Capabilities {

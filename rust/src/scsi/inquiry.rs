@@ -29,10 +29,14 @@ pub(super) fn inquiry(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataBuffer) -
 /// Standard INQUIRY data: a disk that is there, without target port groups (the fabric has them), third-party copy or
 /// protection, with command queuing.
 fn standard(lu: &LogicalUnit) -> [u8; 96] {
+    const RMB: u8 = 0x80;
     const HISUP_AND_FORMAT: u8 = 0x12;
     const CMDQUE: u8 = 0x02;
     let identity = lu.identity();
     let mut data = [0; 96];
+    if lu.geometry().removable {
+        data[1] = RMB;
+    }
     data[2] = VERSION;
     data[3] = HISUP_AND_FORMAT;
     data[4] = data.len() as u8 - 5;

@@ -1,8 +1,12 @@
 //! The logical unit: what it is, its state, and the way of a command through it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::cdb::Cdb;
+use super::job::Job;
+use super::log::Statistics;
+use super::opcodes::Readiness;
 use super::sense::{SENSE_BYTES, SenseFormat};
 use super::{Capabilities, DataBuffer, Geometry, Identity, Next, Reply, Sense, opcodes};
 
@@ -86,7 +90,13 @@ pub struct LogicalUnit {
     blocks: AtomicU64,
     write_cache: AtomicBool,
     descriptor_sense: AtomicBool,
+    software_write_protect: AtomicBool,
     stopped: AtomicBool,
+    ejected: AtomicBool,
+    removal_prevented: AtomicBool,
+    capacity_changed: AtomicBool,
+    job: Arc<Job>,
+    statistics: Statistics,
 }
 
 impl LogicalUnit {
@@ -99,12 +109,18 @@ impl LogicalUnit {
         let blocks = geometry.blocks_of(geometry.size)?;
         Ok(Self {
             identity,
-            geometry,
+            geometry: geometry.normalized(),
             capabilities: capabilities.normalized(),
             blocks: AtomicU64::new(blocks),
             write_cache: AtomicBool::new(true),
             descriptor_sense: AtomicBool::new(false),
+            software_write_protect: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
+            ejected: AtomicBool::new(false),
+            removal_prevented: AtomicBool::new(false),
+            capacity_changed: AtomicBool::new(false),
+            statistics: Statistics::default(),
+            job: Arc::default(),
         })
     }
 
@@ -112,8 +128,9 @@ impl LogicalUnit {
     /// bytes are, there is an answer, and steps are in range and inside the buffer.
     ///
     /// **Lengths.** A buffer longer than the transfer is used as far as the CDB says. A READ or WRITE whose buffer is
-    /// shorter is refused before anything is done (INVALID FIELD IN CDB at the transfer length): TCMU has no way to
-    /// report the overflow, and half a transfer must not look like a whole one. Other Data-In is truncated to the
+    /// shorter is refused before anything is done (INVALID FIELD IN COMMAND INFORMATION UNIT, the answer that FCP-4
+    /// has for it: the CDB is right, the length beside it is not): TCMU has no way to report the overflow, and half a
+    /// transfer must not look like a whole one. Other Data-In is truncated to the
     /// allocation length and the buffer; a parameter list that the buffer does not hold is a PARAMETER LIST LENGTH
     /// ERROR.
     pub fn start(&self, cdb: &[u8], buffer: &dyn DataBuffer) -> Next {
@@ -124,15 +141,34 @@ impl LogicalUnit {
 
     /// The checks that every command has: it exists, may write, is well-formed, finds the unit ready.
     fn admit(&self, cdb: &[u8]) -> Result<&'static opcodes::Command, Sense> {
-        let command = opcodes::find(cdb, &self.capabilities)?;
-        if command.writes() && !self.capabilities.write {
-            return Err(Sense::WRITE_PROTECTED);
+        let command = opcodes::find(cdb, self)?;
+        if command.reports_attention()
+            && let Some(sense) = self.take_attention()
+        {
+            return Err(sense);
         }
-        command.validate(cdb, &self.capabilities)?;
-        if command.needs_medium() && self.is_stopped() {
-            return Err(Sense::LOGICAL_UNIT_NOT_READY_INITIALIZING_COMMAND_REQUIRED);
+        if command.writes()
+            && let Some(sense) = self.is_write_protected()
+        {
+            return Err(sense);
         }
-        Ok(command)
+        command.validate(cdb, self)?;
+        self.check_ready(command.readiness()).map(|()| command)
+    }
+
+    fn check_ready(&self, needed: Readiness) -> Result<(), Sense> {
+        let stopped = || match self.is_stopped() {
+            true => Some(Sense::LOGICAL_UNIT_NOT_READY_INITIALIZING_COMMAND_REQUIRED),
+            false => None,
+        };
+        let obstacle = match needed {
+            Readiness::Always => None,
+            Readiness::Loaded => self.absence(),
+            Readiness::Idle => self.job.running(),
+            Readiness::Started => self.job.running().or_else(|| self.absence()).or_else(stopped),
+            Readiness::Medium => self.job.condition().or_else(|| self.absence()).or_else(stopped),
+        };
+        obstacle.map_or(Ok(()), Err)
     }
 
     /// Sense data on the wire, in the format that D_SENSE chooses, and its length.
@@ -165,13 +201,17 @@ impl LogicalUnit {
         self.blocks() * u64::from(self.geometry.block_size)
     }
 
-    /// Changes the size of the medium. Commands that have begun keep the range they were checked for, except that
+    /// Changes the size of the medium, and has the next command tell it (CAPACITY DATA HAS CHANGED). The kernel does not
+    /// say which initiator a command comes from, so that only one of several hears of it from here. Commands that have begun keep the range they were checked for, except that
     /// later steps of WRITE SAME and UNMAP stop at a new end.
     ///
     /// # Errors
     /// [`LunError::Size`] if it is not a size of a medium.
     pub fn set_size(&self, bytes: u64) -> Result<(), LunError> {
-        self.blocks.store(self.geometry.blocks_of(bytes)?, Ordering::Release);
+        let blocks = self.geometry.blocks_of(bytes)?;
+        if self.blocks.swap(blocks, Ordering::AcqRel) != blocks {
+            self.capacity_changed.store(true, Ordering::Release);
+        }
         Ok(())
     }
 
@@ -198,6 +238,59 @@ impl LogicalUnit {
         self.descriptor_sense.store(on, Ordering::Relaxed);
     }
 
+    /// Whether an initiator has asked for write protection (SWP).
+    #[must_use]
+    pub fn has_software_write_protect(&self) -> bool {
+        self.software_write_protect.load(Ordering::Relaxed)
+    }
+
+    /// Refuses writes, or no longer.
+    pub fn set_software_write_protect(&self, on: bool) {
+        self.software_write_protect.store(on, Ordering::Relaxed);
+    }
+
+    /// Why nothing can be written, if so.
+    pub(super) fn is_write_protected(&self) -> Option<Sense> {
+        if !self.capabilities.write {
+            Some(Sense::WRITE_PROTECTED)
+        } else if self.has_software_write_protect() {
+            Some(Sense::SOFTWARE_WRITE_PROTECTED)
+        } else {
+            None
+        }
+    }
+
+    /// The unit attention condition, which is told once.
+    pub(super) fn take_attention(&self) -> Option<Sense> {
+        // A load first: nearly always there is nothing.
+        let changed = self.capacity_changed.load(Ordering::Relaxed)
+            && self.capacity_changed.swap(false, Ordering::AcqRel);
+        changed.then_some(Sense::CAPACITY_DATA_HAS_CHANGED)
+    }
+
+    /// What is counted.
+    pub(super) const fn statistics(&self) -> &Statistics {
+        &self.statistics
+    }
+
+    /// Why there is no medium, if there is none.
+    pub(super) fn absence(&self) -> Option<Sense> {
+        self.ejected.load(Ordering::Acquire).then_some(Sense::MEDIUM_NOT_PRESENT)
+    }
+
+    pub(super) fn set_ejected(&self, ejected: bool) {
+        self.ejected.store(ejected, Ordering::Release);
+    }
+
+    /// Whether PREVENT ALLOW MEDIUM REMOVAL keeps the medium in.
+    pub(super) fn is_removal_prevented(&self) -> bool {
+        self.removal_prevented.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_removal_prevented(&self, prevented: bool) {
+        self.removal_prevented.store(prevented, Ordering::Release);
+    }
+
     /// Whether START STOP UNIT has stopped the unit.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
@@ -205,7 +298,13 @@ impl LogicalUnit {
     }
 
     pub(super) fn set_stopped(&self, stopped: bool) {
-        self.stopped.store(stopped, Ordering::Release);
+        if self.stopped.swap(stopped, Ordering::AcqRel) && !stopped {
+            self.statistics.start();
+        }
+    }
+
+    pub(super) const fn job(&self) -> &Arc<Job> {
+        &self.job
     }
 
     pub(super) fn blocks(&self) -> u64 {

@@ -11,20 +11,29 @@
 mod batch;
 mod capacity;
 mod cdb;
+mod defects;
+mod format;
 mod geometry;
 mod identity;
 mod inquiry;
+mod job;
+mod lba_status;
+mod log;
 mod lun;
 mod luns;
 mod mode;
+mod mode_select;
+mod modify;
 pub mod opcodes;
 mod power;
 mod ready;
+mod sanitize;
 pub mod sense;
 mod supported;
 mod task;
 mod transfer;
 mod unmap;
+mod verify;
 mod vpd;
 mod write_same;
 
@@ -100,6 +109,8 @@ pub enum Verb {
     Discard,
     /// The range reads as zeroes from now on.
     WriteZeroes,
+    /// Tell which parts of the range have storage: [`StepResult::Extents`].
+    Extents,
 }
 
 /// Where the bytes of an operation are.
@@ -113,6 +124,52 @@ pub enum StepBuffer {
     Owned(Vec<u8>),
     /// The operation reads into memory of its own; [`LogicalUnit::resume`] gets the bytes.
     Scratch,
+}
+
+/// What the medium has for a block, with the codes of GET LBA STATUS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum BlockState {
+    /// Storage with data.
+    Mapped = 0,
+    /// No storage.
+    Deallocated = 1,
+    /// Storage that is reserved, without data.
+    Anchored = 2,
+}
+
+impl BlockState {
+    /// The state of this code.
+    #[must_use]
+    pub const fn from_code(code: u8) -> Option<Self> {
+        Some(match code {
+            0 => Self::Mapped,
+            1 => Self::Deallocated,
+            2 => Self::Anchored,
+            _ => return None,
+        })
+    }
+}
+
+/// Bytes in one state; the next ones follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MediumExtent {
+    /// How many.
+    pub length: u64,
+    /// Their state.
+    pub state: BlockState,
+}
+
+/// What a step brought, beside success.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum StepResult {
+    /// Nothing.
+    #[default]
+    None,
+    /// The bytes that were read with [`StepBuffer::Scratch`], exactly the step's length.
+    Bytes(Vec<u8>),
+    /// The answer to [`Verb::Extents`], from the start of the step; it may end early.
+    Extents(Vec<MediumExtent>),
 }
 
 /// One operation for the handler. In range, aligned to blocks and allowed: the emulation has checked.
@@ -177,4 +234,7 @@ pub enum Next {
     Done(Reply),
     /// The handler is needed; keep the task for [`LogicalUnit::resume`].
     Call(Step, Task),
+    /// The same, but the command is answered now, with GOOD: the task goes on without it (IMMED). None of its steps
+    /// has to do with the command's buffer, and how it ends is known by the state of the unit.
+    Early(Step, Task),
 }

@@ -1,4 +1,4 @@
-//! MODE SENSE.
+//! Mode pages, and MODE SENSE. Changing them is in `mode_select`.
 
 use super::cdb::{Cdb, invalid_field};
 use super::opcodes::Outcome;
@@ -6,58 +6,88 @@ use super::{DataBuffer, LogicalUnit, Reply, Sense};
 
 /// Which values of a page (the PC field).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Values {
+pub(super) enum Values {
     Current,
     /// A one for each bit that MODE SELECT may change.
     Changeable,
     Default,
 }
 
-struct Page {
-    code: u8,
-    subpage: u8,
+pub(super) struct Page {
+    pub(super) code: u8,
+    pub(super) subpage: u8,
     /// Bytes after the page's header.
-    length: usize,
+    pub(super) length: usize,
     /// Writes what is not zero into those bytes.
     fill: fn(&LogicalUnit, Values, &mut [u8]),
+    /// Takes over what of those bytes is changeable.
+    pub(super) change: fn(&LogicalUnit, &[u8]),
 }
 
 /// In ascending order, which is the order of the answer when all are asked for.
-const PAGES: [Page; 3] = [
-    Page { code: 0x01, subpage: 0, length: 0x0a, fill: read_write_error_recovery },
-    Page { code: 0x08, subpage: 0, length: 0x12, fill: caching },
-    Page { code: 0x0a, subpage: 0, length: 0x0a, fill: control },
+pub(super) const PAGES: [Page; 5] = [
+    Page { code: 0x01, subpage: 0, length: 0x0a, fill: nothing, change: fixed },
+    Page { code: 0x08, subpage: 0, length: 0x12, fill: caching, change: change_caching },
+    Page { code: 0x0a, subpage: 0, length: 0x0a, fill: control, change: change_control },
+    Page { code: 0x0a, subpage: 0x01, length: 0x1c, fill: nothing, change: fixed },
+    Page { code: 0x1c, subpage: 0, length: 0x0a, fill: informational_exceptions, change: fixed },
 ];
+
+const WCE: u8 = 0x04;
+const D_SENSE: u8 = 0x04;
+const SWP: u8 = 0x08;
 
 const ALL_PAGES: u8 = 0x3f;
 const ALL_SUBPAGES: u8 = 0xff;
 
-/// Nothing is recovered or reported here: errors come from the handler.
-fn read_write_error_recovery(_lu: &LogicalUnit, _values: Values, _body: &mut [u8]) {}
+/// Read-Write Error Recovery: errors come from the handler, nothing is recovered or reported here. Control Extension:
+/// no timestamp, no implicit ALUA, no limit to sense data.
+fn nothing(_lu: &LogicalUnit, _values: Values, _body: &mut [u8]) {}
+
+fn fixed(_lu: &LogicalUnit, _body: &[u8]) {}
+
+/// There are no exceptions to be told.
+fn informational_exceptions(_lu: &LogicalUnit, values: Values, body: &mut [u8]) {
+    const DEXCPT: u8 = 0x08;
+    if values != Values::Changeable {
+        body[0] = DEXCPT;
+    }
+}
 
 fn caching(lu: &LogicalUnit, values: Values, body: &mut [u8]) {
-    const WCE: u8 = 0x04;
     let enabled = match values {
         Values::Current => lu.has_write_cache(),
-        Values::Changeable => false,
-        Values::Default => lu.capabilities().flush,
+        Values::Changeable | Values::Default => lu.capabilities().flush,
     };
     if enabled {
         body[0] |= WCE;
     }
 }
 
+fn change_caching(lu: &LogicalUnit, body: &[u8]) {
+    lu.set_write_cache(body[0] & WCE != 0);
+}
+
+fn change_control(lu: &LogicalUnit, body: &[u8]) {
+    lu.set_descriptor_sense(body[0] & D_SENSE != 0);
+    lu.set_software_write_protect(body[2] & SWP != 0);
+}
+
 fn control(lu: &LogicalUnit, values: Values, body: &mut [u8]) {
-    const D_SENSE: u8 = 0x04;
     const GLTSD: u8 = 0x02;
     const UNRESTRICTED_REORDERING: u8 = 0x10;
     const TAS: u8 = 0x40;
     if values == Values::Changeable {
+        body[0] = D_SENSE;
+        body[2] = SWP;
         return;
     }
     body[0] = GLTSD;
     if values == Values::Current && lu.has_descriptor_sense() {
         body[0] |= D_SENSE;
+    }
+    if values == Values::Current && lu.has_software_write_protect() {
+        body[2] |= SWP;
     }
     body[1] = UNRESTRICTED_REORDERING;
     body[3] = TAS;
@@ -66,6 +96,13 @@ fn control(lu: &LogicalUnit, values: Values, body: &mut [u8]) {
 }
 
 impl Page {
+    /// What follows the page's header.
+    pub(super) fn body(&self, lu: &LogicalUnit, values: Values) -> Vec<u8> {
+        let mut body = vec![0; self.length];
+        (self.fill)(lu, values, &mut body);
+        body
+    }
+
     fn append(&self, lu: &LogicalUnit, values: Values, data: &mut Vec<u8>) {
         const SPF: u8 = 0x40;
         if self.subpage == 0 {
@@ -74,9 +111,7 @@ impl Page {
             data.extend([self.code | SPF, self.subpage]);
             data.extend((self.length as u16).to_be_bytes());
         }
-        let start = data.len();
-        data.resize(start + self.length, 0);
-        (self.fill)(lu, values, &mut data[start..]);
+        data.extend(self.body(lu, values));
     }
 }
 
@@ -104,12 +139,12 @@ fn pages(lu: &LogicalUnit, cdb: Cdb<'_>) -> Result<Vec<u8>, Sense> {
 }
 
 /// The short block descriptor has 32 bits for the number of blocks: FFFFFFFFh stands for more.
-fn short_block_descriptor(lu: &LogicalUnit) -> Vec<u8> {
+pub(super) fn short_block_descriptor(lu: &LogicalUnit) -> Vec<u8> {
     let blocks = u32::try_from(lu.blocks()).unwrap_or(u32::MAX);
     [blocks.to_be_bytes(), lu.geometry().block_size.to_be_bytes()].concat()
 }
 
-fn long_block_descriptor(lu: &LogicalUnit) -> Vec<u8> {
+pub(super) fn long_block_descriptor(lu: &LogicalUnit) -> Vec<u8> {
     let mut descriptor = vec![0; 16];
     descriptor[..8].copy_from_slice(&lu.blocks().to_be_bytes());
     descriptor[12..].copy_from_slice(&lu.geometry().block_size.to_be_bytes());
@@ -120,7 +155,7 @@ fn long_block_descriptor(lu: &LogicalUnit) -> Vec<u8> {
 fn device_specific_parameter(lu: &LogicalUnit) -> u8 {
     const WP: u8 = 0x80;
     const DPOFUA: u8 = 0x10;
-    if lu.capabilities().write { DPOFUA } else { DPOFUA | WP }
+    if lu.is_write_protected().is_some() { DPOFUA | WP } else { DPOFUA }
 }
 
 /// MODE SENSE(6).

@@ -5,8 +5,8 @@
 
 use super::cdb::{Cdb, invalid_field};
 use super::{
-    Capabilities, DataBuffer, LogicalUnit, Next, Sense, capacity, inquiry, luns, mode, power, ready,
-    supported, transfer, unmap, write_same,
+    DataBuffer, LogicalUnit, Next, Sense, capacity, defects, format, inquiry, lba_status, log, luns, mode,
+    mode_select, modify, power, ready, sanitize, supported, transfer, unmap, verify, write_same,
 };
 
 /// Which way a command's data goes.
@@ -27,15 +27,36 @@ pub(super) enum Feature {
     Discard,
     /// Discarding as a way to write zeroes.
     DiscardZeroes,
+    /// Writes that are whole or not done, whatever happens.
+    AtomicWrite,
+    /// A medium that can be ejected.
+    Removable,
 }
 
 impl Feature {
-    const fn is_in(self, capabilities: &Capabilities) -> bool {
+    const fn is_in(self, lu: &LogicalUnit) -> bool {
         match self {
-            Self::Discard => capabilities.discard,
-            Self::DiscardZeroes => capabilities.discard_zeroes,
+            Self::Discard => lu.capabilities().discard,
+            Self::DiscardZeroes => lu.capabilities().discard_zeroes,
+            Self::AtomicWrite => lu.geometry().max_atomic_write_blocks > 0,
+            Self::Removable => lu.geometry().removable,
         }
     }
+}
+
+/// The state in which a command finds the unit, or is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Readiness {
+    /// Any.
+    Always,
+    /// There is a medium.
+    Loaded,
+    /// No FORMAT UNIT and no SANITIZE runs.
+    Idle,
+    /// The same, there is a medium, and the unit is not stopped.
+    Started,
+    /// The same, and the last FORMAT UNIT or SANITIZE did not fail.
+    Medium,
 }
 
 /// How a command ends or goes on, or why it cannot begin.
@@ -51,8 +72,9 @@ pub struct Command {
     usage: &'static [u8],
     service_action: Option<u16>,
     direction: Direction,
-    medium: bool,
+    readiness: Readiness,
     writes: bool,
+    kernel: bool,
     needs: Option<Feature>,
     /// Bits of a byte of `usage` that are reserved without this feature.
     optional: Option<(usize, u8, Feature)>,
@@ -66,8 +88,9 @@ impl Command {
             usage,
             service_action: None,
             direction,
-            medium: false,
+            readiness: Readiness::Always,
             writes: false,
+            kernel: false,
             needs: None,
             optional: None,
             run,
@@ -80,16 +103,27 @@ impl Command {
         self
     }
 
-    /// Refused while the unit is stopped.
-    const fn on_medium(mut self) -> Self {
-        self.medium = true;
+    /// Refused unless the unit is in this state.
+    const fn when(mut self, readiness: Readiness) -> Self {
+        self.readiness = readiness;
         self
+    }
+
+    /// Refused while the medium cannot be used.
+    const fn on_medium(self) -> Self {
+        self.when(Readiness::Medium)
     }
 
     /// Changes the medium: refused if the unit is write protected.
     const fn writing(mut self) -> Self {
         self.writes = true;
         self.on_medium()
+    }
+
+    /// The kernel's target core answers before the unit sees the command: it is listed, and nothing more. Where the
+    /// kernel is told not to (`pgr_support`, `emulate_pr`), it is an invalid command.
+    const fn by_kernel(name: &'static str, direction: Direction, usage: &'static [u8]) -> Self {
+        Self { kernel: true, ..Self::new(name, direction, usage, |_, _, _| Err(Sense::INVALID_OPCODE)) }
     }
 
     const fn needing(mut self, feature: Feature) -> Self {
@@ -128,24 +162,28 @@ impl Command {
         self.service_action
     }
 
-    pub(super) const fn needs_medium(&self) -> bool {
-        self.medium
+    pub(super) const fn readiness(&self) -> Readiness {
+        self.readiness
+    }
+
+    /// Whether it may be answered with a unit attention instead (SAM-5): INQUIRY and REPORT LUNS never are, and REQUEST
+    /// SENSE has it as its data.
+    pub(super) const fn reports_attention(&self) -> bool {
+        !matches!(self.opcode(), 0x03 | 0x12 | 0xa0)
     }
 
     pub(super) const fn writes(&self) -> bool {
         self.writes
     }
 
-    pub(super) fn exists(&self, capabilities: &Capabilities) -> bool {
-        self.needs.is_none_or(|feature| feature.is_in(capabilities))
+    pub(super) fn exists(&self, lu: &LogicalUnit) -> bool {
+        self.needs.is_none_or(|feature| feature.is_in(lu))
     }
 
-    /// A byte of the usage data of a unit with these capabilities.
-    pub(super) fn usage(&self, byte: usize, capabilities: &Capabilities) -> u8 {
+    /// A byte of the usage data of this unit.
+    pub(super) fn usage(&self, byte: usize, lu: &LogicalUnit) -> u8 {
         match self.optional {
-            Some((at, bits, feature)) if at == byte && !feature.is_in(capabilities) => {
-                self.usage[byte] & !bits
-            }
+            Some((at, bits, feature)) if at == byte && !feature.is_in(lu) => self.usage[byte] & !bits,
             _ => self.usage[byte],
         }
     }
@@ -156,16 +194,20 @@ impl Command {
     ///
     /// One exception: bits 7 to 5 of byte 1 of a 6-byte CDB, where they are not used, had the LUN in SCSI-2. An old
     /// initiator sets them before it knows the version of the unit, and they ask for nothing.
-    pub(super) fn validate(&self, cdb: &[u8], capabilities: &Capabilities) -> Result<(), Sense> {
+    pub(super) fn validate(&self, cdb: &[u8], lu: &LogicalUnit) -> Result<(), Sense> {
         let length = self.usage.len();
         let cdb = cdb.get(..length).ok_or_else(|| invalid_field(cdb.len(), 7))?;
+        // ADDITIONAL CDB LENGTH: a command of another length is another command.
+        if self.opcode() == VARIABLE_LENGTH && cdb[7] != self.usage[7] {
+            return Err(invalid_field(7, 7));
+        }
         let stray =
             cdb.iter().zip(self.usage).skip(1).fold(0, |stray, (byte, usage)| stray | (byte & !usage));
         if stray == 0 && self.optional.is_none() {
             return Ok(());
         }
         for (at, byte) in cdb.iter().enumerate().skip(1) {
-            let mut usage = self.usage(at, capabilities);
+            let mut usage = self.usage(at, lu);
             if length == 6 && at == 1 && usage & OBSOLETE_LUN == 0 {
                 usage |= OBSOLETE_LUN;
             }
@@ -187,17 +229,14 @@ const fn service_action_field(opcode: u8) -> (usize, u8) {
 }
 
 /// Every command of the unit, in order.
-pub(super) fn all(capabilities: &Capabilities) -> impl Iterator<Item = &'static Command> {
-    TABLE.iter().filter(|row| row.exists(capabilities))
+pub(super) fn all(lu: &LogicalUnit) -> impl Iterator<Item = &'static Command> {
+    TABLE.iter().filter(|row| row.exists(lu))
 }
 
 /// The commands of the unit with this operation code.
-pub(super) fn with_opcode(
-    opcode: u8,
-    capabilities: &Capabilities,
-) -> impl Iterator<Item = &'static Command> + Clone {
+pub(super) fn with_opcode(opcode: u8, lu: &LogicalUnit) -> impl Iterator<Item = &'static Command> + Clone {
     let (first, end) = INDEX[usize::from(opcode)];
-    TABLE[usize::from(first)..usize::from(end)].iter().filter(|row| row.exists(capabilities))
+    TABLE[usize::from(first)..usize::from(end)].iter().filter(|row| row.exists(lu))
 }
 
 /// The row of a CDB. An unknown operation code is an invalid command, an unknown service action of a known one is an
@@ -205,9 +244,9 @@ pub(super) fn with_opcode(
 ///
 /// # Errors
 /// INVALID COMMAND OPERATION CODE or INVALID FIELD IN CDB.
-pub fn find(cdb: &[u8], capabilities: &Capabilities) -> Result<&'static Command, Sense> {
+pub fn find(cdb: &[u8], lu: &LogicalUnit) -> Result<&'static Command, Sense> {
     let &opcode = cdb.first().ok_or(Sense::INVALID_OPCODE)?;
-    let mut rows = with_opcode(opcode, capabilities);
+    let mut rows = with_opcode(opcode, lu).filter(|row| !row.kernel);
     let first = rows.clone().next().ok_or(Sense::INVALID_OPCODE.at_cdb(0, 7))?;
     if first.service_action.is_none() {
         return Ok(first);
@@ -227,38 +266,145 @@ static TABLE: &[Command] = &[
     Command::new("TEST UNIT READY", NoData, &[0x00, 0, 0, 0, 0, 0], ready::test_unit_ready)
         .on_medium(),
     Command::new("REQUEST SENSE", In, &[0x03, 0x01, 0, 0, 0xff, 0], ready::request_sense),
+    Command::new("FORMAT UNIT", Out, &[0x04, 0xff, 0, 0, 0, 0], format::format_unit)
+        .writing().when(Readiness::Started),
     Command::new("READ(6)", In, &[0x08, 0x1f, 0xff, 0xff, 0xff, 0], transfer::read::<6>)
         .on_medium(),
     Command::new("WRITE(6)", Out, &[0x0a, 0x1f, 0xff, 0xff, 0xff, 0], transfer::write::<6>)
         .writing(),
     Command::new("INQUIRY", In, &[0x12, 0x01, 0xff, 0xff, 0xff, 0], inquiry::inquiry),
+    Command::new("MODE SELECT(6)", Out, &[0x15, 0x11, 0, 0, 0xff, 0], mode_select::mode_select_6)
+        .when(Readiness::Idle),
+    Command::by_kernel("RESERVE(6)", NoData, &[0x16, 0, 0, 0, 0, 0]),
+    Command::by_kernel("RELEASE(6)", NoData, &[0x17, 0, 0, 0, 0, 0]),
     Command::new("MODE SENSE(6)", In, &[0x1a, 0x08, 0xff, 0xff, 0xff, 0], mode::mode_sense_6),
-    Command::new("START STOP UNIT", NoData, &[0x1b, 0x01, 0, 0, 0xf5, 0], power::start_stop_unit),
-    Command::new("READ CAPACITY(10)", In, &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], capacity::read_capacity_10),
+    Command::new("START STOP UNIT", NoData, &[0x1b, 0x01, 0, 0, 0xf7, 0], power::start_stop_unit)
+        .when(Readiness::Idle).with_optional(4, 0x02, Feature::Removable),
+    Command::new("PREVENT ALLOW MEDIUM REMOVAL", NoData, &[0x1e, 0, 0, 0, 0x03, 0], power::prevent_allow)
+        .needing(Feature::Removable),
+    Command::new("READ CAPACITY(10)", In, &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], capacity::read_capacity_10)
+        .when(Readiness::Loaded),
     Command::new("READ(10)", In,
         &[0x28, 0xfa, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], transfer::read::<10>)
         .on_medium(),
     Command::new("WRITE(10)", Out,
         &[0x2a, 0xfa, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], transfer::write::<10>)
         .writing(),
+    Command::new("WRITE AND VERIFY(10)", Out,
+        &[0x2e, 0xf6, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], verify::write_and_verify::<10>)
+        .writing(),
+    Command::new("VERIFY(10)", Out, &[0x2f, 0xf6, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], verify::verify::<10>)
+        .on_medium(),
+    Command::new("PRE-FETCH(10)", NoData,
+        &[0x34, 0x02, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], transfer::prefetch::<10>)
+        .on_medium(),
     Command::new("SYNCHRONIZE CACHE(10)", NoData,
         &[0x35, 0x06, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], transfer::synchronize_cache::<10>)
+        .on_medium(),
+    Command::new("READ DEFECT DATA(10)", In,
+        &[0x37, 0, 0x1f, 0, 0, 0, 0, 0xff, 0xff, 0], defects::read_defect_data_10)
         .on_medium(),
     Command::new("WRITE SAME(10)", Out,
         &[0x41, 0xe8, 0xff, 0xff, 0xff, 0xff, 0, 0xff, 0xff, 0], write_same::write_same::<10>)
         .writing().with_optional(1, 0x08, Feature::DiscardZeroes),
     Command::new("UNMAP", Out, &[0x42, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0], unmap::unmap)
         .writing().needing(Feature::Discard),
+    Command::new("SANITIZE, OVERWRITE", Out,
+        &[0x48, 0xa1, 0, 0, 0, 0, 0, 0xff, 0xff, 0], sanitize::overwrite)
+        .action(0x01).writing().when(Readiness::Started),
+    Command::new("SANITIZE, BLOCK ERASE", NoData,
+        &[0x48, 0xa2, 0, 0, 0, 0, 0, 0xff, 0xff, 0], sanitize::block_erase)
+        .action(0x02).writing().when(Readiness::Started).needing(Feature::Discard),
+    Command::new("SANITIZE, EXIT FAILURE MODE", NoData,
+        &[0x48, 0xbf, 0, 0, 0, 0, 0, 0xff, 0xff, 0], sanitize::exit_failure_mode)
+        .action(0x1f).writing().when(Readiness::Started),
+    Command::new("LOG SELECT", Out, &[0x4c, 0x03, 0xff, 0xff, 0, 0, 0, 0xff, 0xff, 0], log::log_select),
+    Command::new("LOG SENSE", In,
+        &[0x4d, 0x01, 0xff, 0xff, 0, 0xff, 0xff, 0xff, 0xff, 0], log::log_sense),
+    Command::new("MODE SELECT(10)", Out,
+        &[0x55, 0x11, 0, 0, 0, 0, 0, 0xff, 0xff, 0], mode_select::mode_select_10)
+        .when(Readiness::Idle),
+    Command::by_kernel("RESERVE(10)", NoData, &[0x56, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+    Command::by_kernel("RELEASE(10)", NoData, &[0x57, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
     Command::new("MODE SENSE(10)", In,
         &[0x5a, 0x18, 0xff, 0xff, 0, 0, 0, 0xff, 0xff, 0], mode::mode_sense_10),
+    Command::by_kernel("PERSISTENT RESERVE IN, READ KEYS", In, &[0x5e, 0x00, 0, 0, 0, 0, 0, 0xff, 0xff, 0])
+        .action(0x00),
+    Command::by_kernel("PERSISTENT RESERVE IN, READ RESERVATION", In, &[0x5e, 0x01, 0, 0, 0, 0, 0, 0xff, 0xff, 0])
+        .action(0x01),
+    Command::by_kernel("PERSISTENT RESERVE IN, REPORT CAPABILITIES", In, &[0x5e, 0x02, 0, 0, 0, 0, 0, 0xff, 0xff, 0])
+        .action(0x02),
+    Command::by_kernel("PERSISTENT RESERVE IN, READ FULL STATUS", In, &[0x5e, 0x03, 0, 0, 0, 0, 0, 0xff, 0xff, 0])
+        .action(0x03),
+    Command::by_kernel("PERSISTENT RESERVE OUT, REGISTER", Out,
+        &[0x5f, 0x00, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x00),
+    Command::by_kernel("PERSISTENT RESERVE OUT, RESERVE", Out,
+        &[0x5f, 0x01, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x01),
+    Command::by_kernel("PERSISTENT RESERVE OUT, RELEASE", Out,
+        &[0x5f, 0x02, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x02),
+    Command::by_kernel("PERSISTENT RESERVE OUT, CLEAR", Out,
+        &[0x5f, 0x03, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x03),
+    Command::by_kernel("PERSISTENT RESERVE OUT, PREEMPT", Out,
+        &[0x5f, 0x04, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x04),
+    Command::by_kernel("PERSISTENT RESERVE OUT, PREEMPT AND ABORT", Out,
+        &[0x5f, 0x05, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x05),
+    Command::by_kernel("PERSISTENT RESERVE OUT, REGISTER AND IGNORE EXISTING KEY", Out,
+        &[0x5f, 0x06, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x06),
+    Command::by_kernel("PERSISTENT RESERVE OUT, REGISTER AND MOVE", Out,
+        &[0x5f, 0x07, 0xff, 0, 0, 0xff, 0xff, 0xff, 0xff, 0])
+        .action(0x07),
+    Command::new("READ(32)", In,
+        &[0x7f, 0, 0, 0, 0, 0, 0, 0x18, 0, 0x09, 0xfa, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+          0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], transfer::read::<32>)
+        .action(0x09).on_medium(),
+    Command::new("VERIFY(32)", Out,
+        &[0x7f, 0, 0, 0, 0, 0, 0, 0x18, 0, 0x0a, 0xf6, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+          0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], verify::verify::<32>)
+        .action(0x0a).on_medium(),
+    Command::new("WRITE(32)", Out,
+        &[0x7f, 0, 0, 0, 0, 0, 0, 0x18, 0, 0x0b, 0xfa, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+          0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], transfer::write::<32>)
+        .action(0x0b).writing(),
+    Command::new("WRITE AND VERIFY(32)", Out,
+        &[0x7f, 0, 0, 0, 0, 0, 0, 0x18, 0, 0x0c, 0xf6, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+          0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], verify::write_and_verify::<32>)
+        .action(0x0c).writing(),
+    Command::new("WRITE SAME(32)", Out,
+        &[0x7f, 0, 0, 0, 0, 0, 0, 0x18, 0, 0x0d, 0xe9, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+          0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], write_same::write_same::<32>)
+        .action(0x0d).writing().with_optional(10, 0x08, Feature::DiscardZeroes),
     Command::new("READ(16)", In,
         &[0x88, 0xfa, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
         transfer::read::<16>)
         .on_medium(),
+    Command::new("COMPARE AND WRITE", Out,
+        &[0x89, 0xfa, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0xff, 0, 0],
+        modify::compare_and_write)
+        .writing(),
     Command::new("WRITE(16)", Out,
         &[0x8a, 0xfa, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
         transfer::write::<16>)
         .writing(),
+    Command::new("ORWRITE(16)", Out,
+        &[0x8b, 0xfa, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0], modify::orwrite)
+        .writing(),
+    Command::new("WRITE AND VERIFY(16)", Out,
+        &[0x8e, 0xf6, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
+        verify::write_and_verify::<16>)
+        .writing(),
+    Command::new("VERIFY(16)", Out,
+        &[0x8f, 0xf6, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0], verify::verify::<16>)
+        .on_medium(),
+    Command::new("PRE-FETCH(16)", NoData,
+        &[0x90, 0x02, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0], transfer::prefetch::<16>)
+        .on_medium(),
     Command::new("SYNCHRONIZE CACHE(16)", NoData,
         &[0x91, 0x06, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
         transfer::synchronize_cache::<16>)
@@ -267,9 +413,17 @@ static TABLE: &[Command] = &[
         &[0x93, 0xe9, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
         write_same::write_same::<16>)
         .writing().with_optional(1, 0x08, Feature::DiscardZeroes),
+    Command::new("WRITE ATOMIC(16)", Out,
+        &[0x9c, 0xf8, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0xff, 0xff, 0, 0],
+        transfer::write_atomic)
+        .writing().needing(Feature::AtomicWrite),
     Command::new("READ CAPACITY(16)", In,
         &[0x9e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], capacity::read_capacity_16)
-        .action(0x10),
+        .action(0x10).when(Readiness::Loaded),
+    Command::new("GET LBA STATUS", In,
+        &[0x9e, 0x12, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
+        lba_status::get_lba_status)
+        .action(0x12).on_medium(),
     Command::new("REPORT LUNS", In,
         &[0xa0, 0, 0xff, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], luns::report_luns),
     Command::new("REPORT SUPPORTED OPERATION CODES", In,
@@ -284,6 +438,15 @@ static TABLE: &[Command] = &[
     Command::new("WRITE(12)", Out,
         &[0xaa, 0xfa, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0], transfer::write::<12>)
         .writing(),
+    Command::new("WRITE AND VERIFY(12)", Out,
+        &[0xae, 0xf6, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0], verify::write_and_verify::<12>)
+        .writing(),
+    Command::new("VERIFY(12)", Out,
+        &[0xaf, 0xf6, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0], verify::verify::<12>)
+        .on_medium(),
+    Command::new("READ DEFECT DATA(12)", In,
+        &[0xb7, 0x1f, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], defects::read_defect_data_12)
+        .on_medium(),
 ];
 
 /// First and end of the rows of each operation code. Building it proves the table: rows in order, service actions in

@@ -12,7 +12,11 @@ pub(super) fn test_unit_ready(_lu: &LogicalUnit, _cdb: Cdb<'_>, _buffer: &dyn Da
 
 /// REQUEST SENSE: GOOD with the unit's condition as data. Sense of earlier commands was sent with their status.
 pub(super) fn request_sense(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataBuffer) -> Outcome {
-    let sense = if lu.is_stopped() {
+    let sense = if let Some(sense) = lu.take_attention() {
+        sense
+    } else if let Some(sense) = lu.job().condition().or_else(|| lu.absence()) {
+        sense
+    } else if lu.is_stopped() {
         Sense::LOGICAL_UNIT_NOT_READY_INITIALIZING_COMMAND_REQUIRED
     } else {
         Sense::NO_SENSE

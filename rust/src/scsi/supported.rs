@@ -2,7 +2,7 @@
 
 use super::cdb::{Cdb, invalid_field};
 use super::opcodes::{self, Command, Outcome};
-use super::{Capabilities, DataBuffer, LogicalUnit, Reply, Sense};
+use super::{DataBuffer, LogicalUnit, Reply, Sense};
 
 /// A command timeouts descriptor that indicates no times: they are the storage's, which is not known here.
 const TIMEOUTS: [u8; 12] = [0, 0x0a, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -12,19 +12,19 @@ pub(super) fn operation_codes(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataB
     let timeouts: &[u8] = if cdb.bit(2, 7) { &TIMEOUTS } else { &[] };
     let options = cdb.byte(2) & 0x07;
     let data = match options {
-        0 => list(lu.capabilities(), timeouts),
-        1..=3 => one(lu.capabilities(), wanted(lu.capabilities(), cdb, options)?, timeouts),
+        0 => list(lu, timeouts),
+        1..=3 => one(lu, wanted(lu, cdb, options)?, timeouts),
         _ => return Err(invalid_field(2, 2)),
     };
     Ok(Reply::data(buffer, cdb.u32(6), &data))
 }
 
 /// All commands.
-fn list(capabilities: &Capabilities, timeouts: &[u8]) -> Vec<u8> {
+fn list(lu: &LogicalUnit, timeouts: &[u8]) -> Vec<u8> {
     const CTDP: u8 = 0x02;
     const SERVACTV: u8 = 0x01;
     let mut data = vec![0; 4];
-    for command in opcodes::all(capabilities) {
+    for command in opcodes::all(lu) {
         let [high, low] = command.service_action().unwrap_or(0).to_be_bytes();
         let mut flags = if command.service_action().is_some() { SERVACTV } else { 0 };
         if !timeouts.is_empty() {
@@ -41,9 +41,9 @@ fn list(capabilities: &Capabilities, timeouts: &[u8]) -> Vec<u8> {
 
 /// The command that REQUESTED OPERATION CODE and SERVICE ACTION name, if the unit has it. Option 1 is for operation
 /// codes without service actions, option 2 for those with, option 3 for both.
-fn wanted(capabilities: &Capabilities, cdb: Cdb<'_>, options: u8) -> Result<Option<&'static Command>, Sense> {
+fn wanted(lu: &LogicalUnit, cdb: Cdb<'_>, options: u8) -> Result<Option<&'static Command>, Sense> {
     let service_action = cdb.u16(4);
-    let mut rows = opcodes::with_opcode(cdb.byte(3), capabilities);
+    let mut rows = opcodes::with_opcode(cdb.byte(3), lu);
     let Some(has_actions) = rows.clone().next().map(|row| row.service_action().is_some()) else {
         return Ok(None);
     };
@@ -57,7 +57,7 @@ fn wanted(capabilities: &Capabilities, cdb: Cdb<'_>, options: u8) -> Result<Opti
 }
 
 /// One command.
-fn one(capabilities: &Capabilities, command: Option<&Command>, timeouts: &[u8]) -> Vec<u8> {
+fn one(lu: &LogicalUnit, command: Option<&Command>, timeouts: &[u8]) -> Vec<u8> {
     const NOT_SUPPORTED: u8 = 0x01;
     const SUPPORTED: u8 = 0x03;
     const CTDP: u8 = 0x80;
@@ -67,7 +67,7 @@ fn one(capabilities: &Capabilities, command: Option<&Command>, timeouts: &[u8]) 
     let flags = if timeouts.is_empty() { SUPPORTED } else { SUPPORTED | CTDP };
     let mut data = vec![0, flags];
     data.extend((command.cdb_length() as u16).to_be_bytes());
-    data.extend((0..command.cdb_length()).map(|byte| command.usage(byte, capabilities)));
+    data.extend((0..command.cdb_length()).map(|byte| command.usage(byte, lu)));
     data.extend(timeouts);
     data
 }

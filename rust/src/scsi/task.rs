@@ -1,7 +1,10 @@
 //! The place of a command that waits for the handler.
 
 use super::batch::Batch;
-use super::{ByteOffset, LogicalUnit, Next, Reply, Step, StepBuffer, Verb};
+use super::lba_status::LbaStatus;
+use super::modify::{Compare, OrWrite};
+use super::verify::Verify;
+use super::{ByteOffset, DataBuffer, LogicalUnit, Next, Reply, Step, StepBuffer, StepResult, Verb};
 
 /// Where a command is between two steps. Made by [`LogicalUnit::start`], given back to [`LogicalUnit::resume`] when
 /// the step has succeeded; after a failed step it is dropped, and the command ends with the handler's error.
@@ -18,16 +21,32 @@ pub(super) enum Stage {
     Flush,
     /// The cache is flushed, now the medium is read.
     Read { offset: ByteOffset, length: usize },
-    /// More of a WRITE SAME or UNMAP.
+    /// More of a WRITE SAME, UNMAP, FORMAT UNIT or SANITIZE.
     Batch(Box<Batch>),
-    /// The cache is flushed, now the unit stops.
-    Stop,
+    /// The cache is flushed, or some blocks were read: now the next ones are.
+    Verify(Box<Verify>),
+    /// The data is written and must get to the medium, where it is verified.
+    FlushAndVerify(Box<Verify>),
+    /// The blocks of a COMPARE AND WRITE were read.
+    Compare(Box<Compare>),
+    /// Some blocks of an ORWRITE were read, or written.
+    OrWrite(Box<OrWrite>),
+    /// The handler has told its extents.
+    LbaStatus(Box<LbaStatus>),
+    /// The cache is flushed, now the unit stops, and ejects its medium if so asked.
+    Stop { eject: bool },
 }
 
 impl Step {
     /// Makes everything durable.
     pub(super) const FLUSH: Self =
         Self { verb: Verb::Flush, offset: ByteOffset(0), length: 0, buffer: StepBuffer::None, fua: false };
+
+    /// Reads bytes for the emulation itself.
+    pub(super) fn scratch(offset: u64, length: u64) -> Self {
+        let offset = ByteOffset(offset);
+        Self { verb: Verb::Read, offset, length, buffer: StepBuffer::Scratch, fua: false }
+    }
 }
 
 impl Next {
@@ -45,15 +64,20 @@ impl Next {
 }
 
 impl LogicalUnit {
-    /// Goes on with a command whose step succeeded. `scratch` is what a step with [`StepBuffer::Scratch`] read.
-    pub fn resume(&self, task: Task, _buffer: &dyn super::DataBuffer, _scratch: Option<Vec<u8>>) -> Next {
+    /// Goes on with a command whose step succeeded and brought `result`.
+    pub fn resume(&self, task: Task, buffer: &dyn DataBuffer, result: StepResult) -> Next {
         match task.0 {
             Stage::Finish { data_in } => Next::Done(Reply::good(data_in)),
             Stage::Flush => Next::flush(),
             Stage::Read { offset, length } => Next::read(offset, length),
             Stage::Batch(batch) => batch.advance(self),
-            Stage::Stop => {
-                self.set_stopped(true);
+            Stage::Verify(verify) => verify.advance(self, buffer, result),
+            Stage::FlushAndVerify(verify) => Next::Call(Step::FLUSH, Task(Stage::Verify(verify))),
+            Stage::Compare(compare) => compare.advance(buffer, result),
+            Stage::OrWrite(orwrite) => orwrite.advance(self, buffer, result),
+            Stage::LbaStatus(status) => status.advance(self, buffer, result),
+            Stage::Stop { eject } => {
+                self.start_or_stop(false, eject);
                 Next::Done(Reply::good(0))
             }
         }

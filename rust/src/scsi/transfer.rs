@@ -1,4 +1,4 @@
-//! READ, WRITE and SYNCHRONIZE CACHE.
+//! READ, WRITE, WRITE ATOMIC, PRE-FETCH and SYNCHRONIZE CACHE.
 
 use super::cdb::{Cdb, invalid_field};
 use super::opcodes::Outcome;
@@ -17,6 +17,7 @@ impl Extent {
     const fn lba_field<const N: usize>() -> (usize, u8) {
         match N {
             6 => (1, 4),
+            32 => (12, 7),
             _ => (2, 7),
         }
     }
@@ -27,11 +28,12 @@ impl Extent {
             6 => 4,
             10 => 7,
             12 => 6,
+            32 => 28,
             _ => 10,
         }
     }
 
-    /// The LBA and number of blocks of a CDB of `N` bytes: 6, 10, 12 or 16.
+    /// The LBA and number of blocks of a CDB of `N` bytes: 6, 10, 12, 16 or 32.
     pub(super) fn decode<const N: usize>(cdb: Cdb<'_>) -> Self {
         let length = Self::length_field::<N>();
         match N {
@@ -45,6 +47,7 @@ impl Extent {
             },
             10 => Self { first: cdb.u32(2).into(), blocks: cdb.u16(length).into() },
             12 => Self { first: cdb.u32(2).into(), blocks: cdb.u32(length).into() },
+            32 => Self { first: cdb.u64(12), blocks: cdb.u32(length).into() },
             _ => Self { first: cdb.u64(2), blocks: cdb.u32(length).into() },
         }
     }
@@ -60,38 +63,94 @@ impl Extent {
     }
 }
 
-/// Refuses RDPROTECT and WRPROTECT: the unit has no protection information.
-pub(super) fn check_protection(cdb: Cdb<'_>) -> Result<(), Sense> {
-    if cdb.byte(1) & 0xe0 != 0 { Err(invalid_field(1, 7)) } else { Ok(()) }
+/// Byte of RDPROTECT, DPO, FUA and the like, for all commands on blocks that have them.
+pub(super) const fn flags_byte<const N: usize>() -> usize {
+    if N == 32 { 10 } else { 1 }
 }
 
-struct Transfer {
-    offset: ByteOffset,
-    length: usize,
-    force_unit_access: bool,
+/// Refuses RDPROTECT, WRPROTECT and VRPROTECT: the unit has no protection information. The tags that commands of 32
+/// bytes expect are not looked at for the same reason.
+pub(super) fn check_protection<const N: usize>(cdb: Cdb<'_>) -> Result<(), Sense> {
+    let byte = flags_byte::<N>();
+    if cdb.byte(byte) & 0xe0 != 0 { Err(invalid_field(byte, 7)) } else { Ok(()) }
+}
+
+/// FUA. FUA_NV is obsolete, but initiators of SBC-2 and SBC-3 set it; FUA is more than it asks for.
+pub(super) fn force_unit_access<const N: usize>(cdb: Cdb<'_>) -> bool {
+    N != 6 && (cdb.bit(flags_byte::<N>(), 3) || cdb.bit(flags_byte::<N>(), 1))
+}
+
+/// How a write becomes durable before its GOOD.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Durability {
+    /// It need not, or is as soon as it returns.
+    Later,
+    /// The handler does it.
+    Native,
+    /// By a flush.
+    Flush,
+}
+
+impl LogicalUnit {
+    pub(super) fn durability(&self, force_unit_access: bool) -> Durability {
+        let capabilities = self.capabilities();
+        if !capabilities.flush || !(force_unit_access || self.is_write_through()) {
+            Durability::Later
+        } else if capabilities.native_fua {
+            Durability::Native
+        } else {
+            Durability::Flush
+        }
+    }
+}
+
+impl Durability {
+    /// A write, a flush if it takes one, then GOOD.
+    pub(super) fn write(self, offset: ByteOffset, length: u64, buffer: StepBuffer) -> Next {
+        let stage = if self == Self::Flush { Stage::Flush } else { Stage::Finish { data_in: 0 } };
+        let fua = self == Self::Native;
+        Next::Call(Step { verb: Verb::Write, offset, length, buffer, fua }, Task(stage))
+    }
+}
+
+pub(super) struct Transfer {
+    pub(super) offset: ByteOffset,
+    pub(super) length: usize,
+    pub(super) force_unit_access: bool,
 }
 
 impl Transfer {
-    fn decode<const N: usize>(
+    pub(super) fn decode<const N: usize>(
         lu: &LogicalUnit,
         cdb: Cdb<'_>,
         buffer: &dyn DataBuffer,
     ) -> Result<Self, Sense> {
-        // FUA_NV is obsolete, but initiators of SBC-2 and SBC-3 set it; FUA is more than it asks for. DPO is a hint.
-        let force_unit_access = N != 6 && (cdb.bit(1, 3) || cdb.bit(1, 1));
         if N != 6 {
-            check_protection(cdb)?;
+            check_protection::<N>(cdb)?;
         }
         let extent = Extent::decode::<N>(cdb);
         extent.check::<N>(lu)?;
-        let too_long = || invalid_field(Extent::length_field::<N>(), 7);
-        if extent.blocks > lu.geometry().max_transfer_blocks.into() {
+        let limit = lu.geometry().max_transfer_blocks;
+        Self::new(lu, buffer, extent, limit, Extent::length_field::<N>(), force_unit_access::<N>(cdb))
+    }
+
+    /// The transfer of blocks that are on the medium, `limit` at most; their number is at `length_field`.
+    fn new(
+        lu: &LogicalUnit,
+        buffer: &dyn DataBuffer,
+        extent: Extent,
+        limit: u32,
+        length_field: usize,
+        force_unit_access: bool,
+    ) -> Result<Self, Sense> {
+        let too_long = || invalid_field(length_field, 7);
+        if extent.blocks > limit.into() {
             return Err(too_long());
         }
         let block_size = u64::from(lu.geometry().block_size);
         let length = usize::try_from(extent.blocks * block_size).map_err(|_| too_long())?;
         if length > buffer.len() {
-            return Err(too_long());
+            return Err(Sense::INVALID_FIELD_IN_INFORMATION_UNIT);
         }
         Ok(Self { offset: ByteOffset(extent.first * block_size), length, force_unit_access })
     }
@@ -103,6 +162,7 @@ pub(super) fn read<const N: usize>(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn 
     if length == 0 {
         return Ok(Next::Done(Reply::good(0)));
     }
+    lu.count_read(length);
     // SBC-4: a READ with FUA returns what is on the medium, so what the cache holds has to get there first.
     if force_unit_access && lu.has_write_cache() {
         return Ok(Next::Call(Step::FLUSH, Task(Stage::Read { offset, length })));
@@ -116,12 +176,30 @@ pub(super) fn write<const N: usize>(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn
     if length == 0 {
         return Ok(Next::Done(Reply::good(0)));
     }
-    let durable = lu.capabilities().flush && (force_unit_access || lu.is_write_through());
-    let fua = durable && lu.capabilities().native_fua;
-    let stage = if durable && !fua { Stage::Flush } else { Stage::Finish { data_in: 0 } };
-    let buffer = StepBuffer::Command(0);
-    let step = Step { verb: Verb::Write, offset, length: length as u64, buffer, fua };
-    Ok(Next::Call(step, Task(stage)))
+    lu.count_write(length);
+    Ok(lu.durability(force_unit_access).write(offset, length as u64, StepBuffer::Command(0)))
+}
+
+/// WRITE ATOMIC(16), without boundaries inside. The handler promises it for as many blocks as Block Limits reports.
+pub(super) fn write_atomic(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataBuffer) -> Outcome {
+    const TRANSFER_LENGTH: usize = 12;
+    check_protection::<16>(cdb)?;
+    let extent = Extent { first: cdb.u64(2), blocks: cdb.u16(TRANSFER_LENGTH).into() };
+    extent.check::<16>(lu)?;
+    let limit = lu.geometry().max_atomic_write_blocks;
+    let Transfer { offset, length, force_unit_access } =
+        Transfer::new(lu, buffer, extent, limit, TRANSFER_LENGTH, cdb.bit(1, 3))?;
+    if length == 0 {
+        return Ok(Next::Done(Reply::good(0)));
+    }
+    Ok(lu.durability(force_unit_access).write(offset, length as u64, StepBuffer::Command(0)))
+}
+
+/// PRE-FETCH(10), (16). GOOD, and not CONDITION MET, which would say that the blocks are in the cache now: what is
+/// cached is the handler's business.
+pub(super) fn prefetch<const N: usize>(lu: &LogicalUnit, cdb: Cdb<'_>, _buffer: &dyn DataBuffer) -> Outcome {
+    Extent::decode::<N>(cdb).check::<N>(lu)?;
+    Ok(Next::Done(Reply::good(0)))
 }
 
 /// SYNCHRONIZE CACHE(10), (16). Always the whole cache: handlers flush no ranges. IMMED allows an early answer but does

@@ -1,17 +1,20 @@
 //! The vital product data pages of INQUIRY.
 
 use super::LogicalUnit;
+use super::sense::SENSE_BYTES;
 
 type Body = fn(&LogicalUnit) -> Vec<u8>;
 
 /// Page codes in ascending order, and what follows the header of four bytes. Page 00h is made from this list.
-const PAGES: [(u8, Body); 6] = [
+const PAGES: [(u8, Body); 8] = [
     (0x00, supported_pages),
     (0x80, unit_serial_number),
     (0x83, device_identification),
+    (0x86, extended_inquiry_data),
     (0xb0, block_limits),
     (0xb1, block_device_characteristics),
     (0xb2, logical_block_provisioning),
+    (0xb7, block_limits_extension),
 ];
 
 /// The whole page, header included; `None` if there is no such page.
@@ -47,6 +50,23 @@ fn device_identification(lu: &LogicalUnit) -> Vec<u8> {
     descriptors
 }
 
+/// No protection, simple task attributes only (the kernel does not pass others on), a volatile cache if there is one.
+fn extended_inquiry_data(lu: &LogicalUnit) -> Vec<u8> {
+    const SIMPSUP: u8 = 0x01;
+    const V_SUP: u8 = 0x01;
+    const MAXIMUM_SENSE_DATA_LENGTH: usize = 13 - 4;
+    let mut body = vec![0; 0x3c];
+    body[1] = SIMPSUP;
+    body[2] = if lu.capabilities().flush { V_SUP } else { 0 };
+    body[MAXIMUM_SENSE_DATA_LENGTH] = SENSE_BYTES as u8;
+    body
+}
+
+/// No streams, no scattered writes.
+fn block_limits_extension(_lu: &LogicalUnit) -> Vec<u8> {
+    vec![0; 0x3c]
+}
+
 /// Offsets in this page, as in SBC-4, count from the start of the page; `body` starts at its byte 4.
 fn block_limits(lu: &LogicalUnit) -> Vec<u8> {
     const WSNZ: u8 = 0x01;
@@ -54,7 +74,7 @@ fn block_limits(lu: &LogicalUnit) -> Vec<u8> {
     let geometry = lu.geometry();
     let mut body = vec![0; 0x3c];
     let mut put = |at: usize, bytes: &[u8]| body[at - 4..at - 4 + bytes.len()].copy_from_slice(bytes);
-    put(4, &[WSNZ]);
+    put(4, &[WSNZ, geometry.max_compare_blocks]);
     put(6, &geometry.optimal_transfer_granularity_blocks.to_be_bytes());
     put(8, &geometry.max_transfer_blocks.to_be_bytes());
     put(12, &geometry.optimal_transfer_blocks.to_be_bytes());
@@ -68,13 +88,20 @@ fn block_limits(lu: &LogicalUnit) -> Vec<u8> {
         put(32, &(UGAVALID | alignment).to_be_bytes());
     }
     put(36, &geometry.max_write_same_blocks.to_be_bytes());
+    // Alignment and granularity: any; no boundaries inside.
+    put(44, &geometry.max_atomic_write_blocks.to_be_bytes());
     body
 }
 
 fn block_device_characteristics(lu: &LogicalUnit) -> Vec<u8> {
     const NOT_REPORTED: u8 = 0;
     const NON_ROTATING: u8 = 1;
+    // Blocks that SANITIZE has erased can be read without writing them first.
+    const WABEREQ_READS: u8 = 0x40;
     let mut body = vec![0; 0x3c];
+    if lu.capabilities().discard {
+        body[3] = WABEREQ_READS;
+    }
     body[1] = if lu.geometry().rotational { NOT_REPORTED } else { NON_ROTATING };
     body
 }

@@ -3,16 +3,17 @@
 use super::batch::Batch;
 use super::cdb::{Cdb, invalid_field};
 use super::opcodes::Outcome;
-use super::transfer::{Extent, check_protection};
+use super::transfer::{Extent, check_protection, flags_byte};
 use super::{DataBuffer, LogicalUnit, Sense, Verb, batch};
 
-/// WRITE SAME(10), (16). Blocks of zeroes become [`Verb::WriteZeroes`], or [`Verb::Discard`] if UNMAP is set (which is
+/// WRITE SAME(10), (16), (32). Blocks of zeroes become [`Verb::WriteZeroes`], or [`Verb::Discard`] if UNMAP is set (which is
 /// only there if discarded blocks read as zeroes); other blocks are written with UNMAP set, too, as SBC-4 asks:
 /// whatever is done, reading gives the block that was sent.
 pub(super) fn write_same<const N: usize>(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataBuffer) -> Outcome {
-    let unmap = cdb.bit(1, 3);
-    let no_data_out = N == 16 && cdb.bit(1, 0);
-    check_protection(cdb)?;
+    let flags = flags_byte::<N>();
+    let unmap = cdb.bit(flags, 3);
+    let no_data_out = N != 10 && cdb.bit(flags, 0);
+    check_protection::<N>(cdb)?;
     let extent = Extent::decode::<N>(cdb);
     extent.check::<N>(lu)?;
     // 0 blocks mean "up to the end", which Block Limits declines with WSNZ.
@@ -24,7 +25,7 @@ pub(super) fn write_same<const N: usize>(lu: &LogicalUnit, cdb: Cdb<'_>, buffer:
     let end = first + blocks;
     let mut pieces = Vec::new();
     if !pattern.is_empty() {
-        pieces.push(batch::Piece { verb: Verb::Write, first, end });
+        pieces.push(batch::Piece::new(Verb::Write, first, end));
     } else if unmap {
         lu.plan_discard(&mut pieces, first, end);
     } else {

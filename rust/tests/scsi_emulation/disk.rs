@@ -4,8 +4,8 @@ use std::cell::RefCell;
 
 use tcmu::scsi::sense::KeySpecific;
 use tcmu::scsi::{
-    Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Next, Reply, Sense, Status, Step, StepBuffer,
-    Verb,
+    BlockState, Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, MediumExtent, Next, Reply, Sense,
+    Status, Step, StepBuffer, StepResult, Task, Verb,
 };
 
 pub const NAA: [u8; 16] = [0x60, 0x01, 0x40, 0x5a, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
@@ -25,6 +25,7 @@ pub const ALL: Capabilities = Capabilities {
     discard: true,
     discard_zeroes: true,
     write_zeroes: true,
+    extents: true,
 };
 
 /// A command's data buffer.
@@ -69,6 +70,10 @@ pub struct Disk {
     pub volatile: Vec<bool>,
     /// Every step since the last look.
     pub steps: Vec<Step>,
+    /// What the handler says of its storage; nothing is the whole medium in one piece.
+    pub extents: Vec<MediumExtent>,
+    /// A command that was answered and goes on, if it is to be watched (see [`Disk::go_on`]).
+    pub early: Option<Option<(Step, Task)>>,
 }
 
 impl Disk {
@@ -79,26 +84,60 @@ impl Disk {
     pub fn with(geometry: Geometry, capabilities: Capabilities) -> Self {
         let size = geometry.size as usize;
         let lu = LogicalUnit::new(identity(), geometry, capabilities).unwrap();
-        Self { lu, medium: vec![0; size], volatile: vec![false; size], steps: Vec::new() }
+        Self {
+            lu,
+            medium: vec![0; size],
+            volatile: vec![false; size],
+            steps: Vec::new(),
+            extents: Vec::new(),
+            early: None,
+        }
     }
 
     /// Runs a command to its end, checking each step and the answer.
     pub fn run(&mut self, cdb: &[u8], buffer: &Buffer) -> Reply {
         let mut next = self.lu.start(cdb, buffer);
+        let mut answer = None;
         loop {
             match next {
                 Next::Done(reply) => {
+                    let reply = answer.unwrap_or(reply);
                     self.check_reply(&reply, buffer);
                     return reply;
                 }
-                Next::Call(step, task) => {
-                    self.check_step(&step, buffer);
-                    self.carry_out(&step, buffer);
-                    self.steps.push(step);
-                    next = self.lu.resume(task, buffer, None);
-                }
+                Next::Early(step, task) => match &mut self.early {
+                    Some(early) => {
+                        *early = Some((step, task));
+                        return Reply::good(0);
+                    }
+                    None => {
+                        answer = Some(Reply::good(0));
+                        next = self.carry_on(step, task, buffer);
+                    }
+                },
+                Next::Call(step, task) => next = self.carry_on(step, task, buffer),
             }
         }
+    }
+
+    /// One step of the command that was answered early. `false`: it has ended.
+    pub fn go_on(&mut self) -> bool {
+        let (step, task) = self.early.as_mut().unwrap().take().unwrap();
+        match self.carry_on(step, task, &Buffer::stale(0)) {
+            Next::Call(step, task) => {
+                self.early = Some(Some((step, task)));
+                true
+            }
+            Next::Done(_) => false,
+            Next::Early(..) => panic!("answered twice"),
+        }
+    }
+
+    fn carry_on(&mut self, step: Step, task: Task, buffer: &Buffer) -> Next {
+        self.check_step(&step, buffer);
+        let result = self.carry_out(&step, buffer);
+        self.steps.push(step);
+        self.lu.resume(task, buffer, result)
     }
 
     /// A command with Data-In: the bytes that reach the initiator.
@@ -168,16 +207,28 @@ impl Disk {
             Verb::WriteZeroes => {
                 assert!(capabilities.write && capabilities.write_zeroes && step.buffer == StepBuffer::None);
             }
+            Verb::Extents => assert!(capabilities.extents && step.buffer == StepBuffer::None),
             Verb::Flush => unreachable!(),
         }
     }
 
-    fn carry_out(&mut self, step: &Step, buffer: &Buffer) {
+    fn carry_out(&mut self, step: &Step, buffer: &Buffer) -> StepResult {
         let range = step.offset.0 as usize..(step.offset.0 + step.length) as usize;
         match (step.verb, &step.buffer) {
-            (Verb::Flush, _) => return self.volatile.fill(false),
-            (Verb::Read, StepBuffer::Command(at)) => return buffer.write(*at, &self.medium[range]),
-            (Verb::Read, _) => unreachable!("no command reads into scratch memory yet"),
+            (Verb::Flush, _) => {
+                self.volatile.fill(false);
+                return StepResult::None;
+            }
+            (Verb::Read, StepBuffer::Command(at)) => {
+                buffer.write(*at, &self.medium[range]);
+                return StepResult::None;
+            }
+            (Verb::Read, _) => return StepResult::Bytes(self.medium[range].to_vec()),
+            (Verb::Extents, _) if self.extents.is_empty() => {
+                let whole = MediumExtent { length: step.length, state: BlockState::Mapped };
+                return StepResult::Extents(vec![whole]);
+            }
+            (Verb::Extents, _) => return StepResult::Extents(self.extents.clone()),
             (Verb::Write, StepBuffer::Command(at)) => buffer.read(*at, &mut self.medium[range.clone()]),
             (Verb::Write, StepBuffer::Owned(data)) => self.medium[range.clone()].copy_from_slice(data),
             (Verb::Write, _) => unreachable!(),
@@ -187,6 +238,7 @@ impl Disk {
             (Verb::Discard | Verb::WriteZeroes, _) => self.medium[range.clone()].fill(0),
         }
         self.volatile[range].fill(!step.fua);
+        StepResult::None
     }
 }
 

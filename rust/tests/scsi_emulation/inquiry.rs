@@ -70,7 +70,7 @@ fn a_page_code_needs_evpd() {
 fn every_page_that_is_listed_is_there_and_no_other() {
     let mut disk = Disk::new(8, ALL);
     let listed = page(&mut disk, 0x00)[4..].to_vec();
-    assert_eq!(listed, [0x00, 0x80, 0x83, 0xb0, 0xb1, 0xb2]);
+    assert_eq!(listed, [0x00, 0x80, 0x83, 0x86, 0xb0, 0xb1, 0xb2, 0xb7]);
     for code in 0..=u8::MAX {
         if listed.contains(&code) {
             page(&mut disk, code);
@@ -119,12 +119,14 @@ fn block_limits() {
         max_discard_blocks: 0x0012_3456,
         max_discard_descriptors: 77,
         max_write_same_blocks: 0x1_0000_0001,
+        max_compare_blocks: 100,
+        max_atomic_write_blocks: 3,
         ..Geometry::new(512, 1 << 30)
     };
     let data = page(&mut Disk::with(geometry.clone(), ALL), 0xb0);
     assert_eq!(data.len(), 64);
     assert_eq!(data[4], 0x01, "WSNZ");
-    assert_eq!(data[5], 0, "MAXIMUM COMPARE AND WRITE LENGTH");
+    assert_eq!(data[5], 100, "MAXIMUM COMPARE AND WRITE LENGTH");
     assert_eq!(data[6..8], [0, 8], "OPTIMAL TRANSFER LENGTH GRANULARITY");
     assert_eq!(u32_at(&data, 8), 1024, "MAXIMUM TRANSFER LENGTH");
     assert_eq!(u32_at(&data, 12), 128, "OPTIMAL TRANSFER LENGTH");
@@ -134,10 +136,20 @@ fn block_limits() {
     assert_eq!(u32_at(&data, 28), 128, "OPTIMAL UNMAP GRANULARITY");
     assert_eq!(u32_at(&data, 32), 1 << 31 | 8, "UGAVALID, UNMAP GRANULARITY ALIGNMENT");
     assert_eq!(data[36..44], 0x1_0000_0001u64.to_be_bytes(), "MAXIMUM WRITE SAME LENGTH");
-    assert_eq!(data[44..], [0; 20], "no atomic writes");
+    assert_eq!(u32_at(&data, 44), 3, "MAXIMUM ATOMIC TRANSFER LENGTH");
+    assert_eq!(data[48..], [0; 16], "any alignment and granularity, no boundaries");
 
     let none = Capabilities { discard: false, ..ALL };
     assert_eq!(page(&mut Disk::with(geometry, none), 0xb0)[20..36], [0; 16]);
+}
+
+#[test]
+fn extended_inquiry_data() {
+    let data = page(&mut Disk::new(8, ALL), 0x86);
+    assert_eq!((data.len(), data[5], data[6], data[13]), (64, 0x01, 0x01, 96));
+    let without_cache = Capabilities { flush: false, ..ALL };
+    assert_eq!(page(&mut Disk::new(8, without_cache), 0x86)[6], 0);
+    assert_eq!(page(&mut Disk::new(8, ALL), 0xb7)[4..], [0; 60]);
 }
 
 #[test]
@@ -145,6 +157,7 @@ fn block_device_characteristics() {
     let data = page(&mut Disk::new(8, ALL), 0xb1);
     assert_eq!(data.len(), 64);
     assert_eq!(data[4..6], [0, 1], "MEDIUM ROTATION RATE: none");
+    assert_eq!(data[7], 0x40, "WABEREQ: erased blocks can be read");
     let rotational = Geometry { rotational: true, ..Geometry::new(512, 1 << 20) };
     assert_eq!(page(&mut Disk::with(rotational, ALL), 0xb1)[4..6], [0, 0]);
 }

@@ -37,6 +37,9 @@ fn mode_sense_10(flags: u8, page: u8, subpage: u8) -> [u8; 10] {
 
 const RECOVERY: [u8; 12] = [0x01, 0x0a, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
+const EXTENSION: [u8; 4] = [0x4a, 0x01, 0, 0x1c];
+const EXCEPTIONS: [u8; 12] = [0x1c, 0x0a, 0x08, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
 fn caching(wce: u8) -> Vec<u8> {
     let mut page = vec![0; 20];
     page[..3].copy_from_slice(&[0x08, 0x12, wce]);
@@ -123,21 +126,25 @@ fn the_short_block_descriptor_of_a_large_disk() {
 #[test]
 fn all_pages() {
     let mut disk = Disk::new(16, ALL);
-    let expected = [RECOVERY.as_slice(), &caching(0x04), &control(0)].concat();
-    for subpage in [0x00, 0xff] {
+    let before = [RECOVERY.as_slice(), &caching(0x04), &control(0)].concat();
+    let extension = [EXTENSION.as_slice(), &[0; 28]].concat();
+    for (subpage, between) in [(0x00, [].as_slice()), (0xff, &extension)] {
+        let expected = [before.as_slice(), between, &EXCEPTIONS].concat();
         let data = disk.read(&mode_sense_6(DBD, 0x3f, subpage), 255);
-        assert_eq!(data[..4], [47, 0, 0x10, 0]);
+        assert_eq!(data[..4], [expected.len() as u8 + 3, 0, 0x10, 0]);
         assert_eq!(data[4..], expected);
     }
-    assert_eq!(disk.read(&mode_sense_6(DBD, 0x0a, 0xff), 255)[4..], control(0));
+    let both = [control(0).as_slice(), &extension].concat();
+    assert_eq!(disk.read(&mode_sense_6(DBD, 0x0a, 0xff), 255)[4..], both);
+    assert_eq!(disk.read(&mode_sense_6(DBD, 0x0a, 0x01), 255)[4..], extension);
 }
 
 #[test]
 fn pages_that_are_not_there() {
     let mut disk = Disk::new(16, ALL);
     assert_invalid_field(disk.command(&mode_sense_6(0, 0x02, 0)), 2, 5);
-    assert_invalid_field(disk.command(&mode_sense_6(0, 0x0a, 0x01)), 3, 7);
-    assert_invalid_field(disk.command(&mode_sense_10(0, 0x3f, 0x01)), 3, 7);
+    assert_invalid_field(disk.command(&mode_sense_6(0, 0x0a, 0x02)), 3, 7);
+    assert_invalid_field(disk.command(&mode_sense_10(0, 0x3f, 0x02)), 3, 7);
 }
 
 #[test]
@@ -152,11 +159,15 @@ fn current_values_follow_the_state() {
 }
 
 #[test]
-fn nothing_is_changeable() {
-    let data = Disk::new(16, ALL).read(&mode_sense_6(DBD, CHANGEABLE | 0x3f, 0), 255);
-    let mut expected = [RECOVERY.as_slice(), &caching(0), &[0x0a, 0x0a], &[0; 10]].concat();
-    expected.splice(..0, [47, 0, 0x10, 0]);
-    assert_eq!(data, expected);
+fn what_is_changeable() {
+    let mut disk = Disk::new(16, ALL);
+    let mut changeable = |page| disk.read(&mode_sense_6(DBD, CHANGEABLE | page, 0), 255)[4..].to_vec();
+    assert_eq!(changeable(0x01), RECOVERY);
+    assert_eq!(changeable(0x08), caching(0x04));
+    assert_eq!(changeable(0x0a), [0x0a, 0x0a, 0x04, 0, 0x08, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(changeable(0x1c), [[0x1c, 0x0a].as_slice(), &[0; 10]].concat());
+    let mut disk = Disk::new(16, Capabilities { flush: false, ..ALL });
+    assert_eq!(disk.read(&mode_sense_6(DBD, CHANGEABLE | 0x08, 0), 255)[4..], caching(0));
 }
 
 #[test]

@@ -11,11 +11,49 @@ const BLOCK: usize = 512;
 
 #[derive(Debug, Clone)]
 enum Command {
-    Read { lba: u64, blocks: u8, form: usize },
-    Write { lba: u64, blocks: u8, form: usize, fua: bool, seed: u8 },
-    WriteSame { lba: u64, blocks: u8, unmap: bool, no_data: bool, value: u8 },
-    Unmap { ranges: Vec<(u64, u8)> },
+    Read {
+        lba: u64,
+        blocks: u8,
+        form: usize,
+    },
+    Write {
+        lba: u64,
+        blocks: u8,
+        form: usize,
+        fua: bool,
+        seed: u8,
+    },
+    WriteSame {
+        lba: u64,
+        blocks: u8,
+        unmap: bool,
+        no_data: bool,
+        value: u8,
+    },
+    Unmap {
+        ranges: Vec<(u64, u8)>,
+    },
     SetWriteCache(bool),
+    /// With what is there, or with one byte of it changed.
+    Verify {
+        lba: u64,
+        blocks: u8,
+        change: Option<usize>,
+    },
+    CompareAndWrite {
+        lba: u64,
+        blocks: u8,
+        change: Option<usize>,
+        value: u8,
+    },
+    OrWrite {
+        lba: u64,
+        blocks: u8,
+        value: u8,
+    },
+    Format {
+        pattern: Option<u8>,
+    },
 }
 
 fn command() -> impl Strategy<Value = Command> {
@@ -30,6 +68,20 @@ fn command() -> impl Strategy<Value = Command> {
         ),
         vec((lba(), blocks()), 0..5).prop_map(|ranges| Command::Unmap { ranges }),
         any::<bool>().prop_map(Command::SetWriteCache),
+        (lba(), blocks(), any::<Option<usize>>()).prop_map(|(lba, blocks, change)| Command::Verify {
+            lba,
+            blocks,
+            change
+        }),
+        (lba(), blocks(), any::<Option<usize>>(), any::<u8>()).prop_map(|(lba, blocks, change, value)| {
+            Command::CompareAndWrite { lba, blocks, change, value }
+        }),
+        (lba(), blocks(), any::<u8>()).prop_map(|(lba, blocks, value)| Command::OrWrite {
+            lba,
+            blocks,
+            value
+        }),
+        any::<Option<u8>>().prop_map(|pattern| Command::Format { pattern }),
     ]
 }
 
@@ -53,6 +105,16 @@ impl Model {
         let fits = lba < BLOCKS && lba + blocks <= BLOCKS;
         fits.then(|| lba as usize * BLOCK..(lba + blocks) as usize * BLOCK)
     }
+}
+
+/// The blocks of the medium as they are, or with one byte changed, and where.
+fn expectation(disk: &Disk, range: &std::ops::Range<usize>, change: Option<usize>) -> (Vec<u8>, Option<u64>) {
+    let mut data = disk.medium[range.clone()].to_vec();
+    let changed = change.filter(|_| !data.is_empty()).map(|at| at % data.len());
+    if let Some(at) = changed {
+        data[at] ^= 0x10;
+    }
+    (data, changed.map(|at| at as u64))
 }
 
 fn play(disk: &mut Disk, model: &mut Model, command: Command) -> Result<(), TestCaseError> {
@@ -98,6 +160,51 @@ fn play(disk: &mut Disk, model: &mut Model, command: Command) -> Result<(), Test
             if let Some(range) = range {
                 model.0[range].fill(Some(if no_data { 0 } else { value }));
             }
+        }
+        Command::Verify { lba, blocks, change } => {
+            let cdb = [&[0x8f, 0x02], lba.to_be_bytes().as_slice(), &[0, 0, 0, blocks, 0, 0]].concat();
+            match Model::range(lba, blocks.into()) {
+                Some(range) => {
+                    let (data, difference) = expectation(disk, &range, change);
+                    let reply = disk.write(&cdb, &data);
+                    prop_assert_eq!(reply.sense.and_then(|sense| sense.information), difference);
+                    prop_assert_eq!(reply.status == Status::Good, difference.is_none());
+                }
+                None => prop_assert!(disk.write(&cdb, &[0; 20 * BLOCK]).sense.is_some()),
+            }
+        }
+        Command::CompareAndWrite { lba, blocks, change, value } => {
+            let cdb = [&[0x89, 0], lba.to_be_bytes().as_slice(), &[0, 0, 0, blocks, 0, 0]].concat();
+            match Model::range(lba, blocks.into()) {
+                Some(range) => {
+                    let (mut data, difference) = expectation(disk, &range, change);
+                    data.resize(2 * range.len(), value);
+                    let reply = disk.write(&cdb, &data);
+                    prop_assert_eq!(reply.sense.and_then(|sense| sense.information), difference);
+                    prop_assert_eq!(reply.status == Status::Good, difference.is_none());
+                    if difference.is_none() {
+                        model.0[range].fill(Some(value));
+                    }
+                }
+                None => prop_assert!(disk.write(&cdb, &[0; 40 * BLOCK]).sense.is_some()),
+            }
+        }
+        Command::OrWrite { lba, blocks, value } => {
+            let cdb = [&[0x8b, 0], lba.to_be_bytes().as_slice(), &[0, 0, 0, blocks, 0, 0]].concat();
+            let reply = disk.write(&cdb, &vec![value; usize::from(blocks) * BLOCK]);
+            let range = Model::range(lba, blocks.into());
+            prop_assert_eq!(reply.status == Status::Good, range.is_some());
+            for known in range.map_or(&mut [][..], |range| &mut model.0[range]) {
+                *known = known.map(|known| known | value);
+            }
+        }
+        Command::Format { pattern } => {
+            let reply = match pattern {
+                Some(pattern) => disk.write(&[0x04, 0x10, 0, 0, 0, 0], &[0, 0x88, 0, 0, 0, 1, 0, 1, pattern]),
+                None => disk.command(&[0x04, 0, 0, 0, 0, 0]),
+            };
+            prop_assert_eq!(reply.status, Status::Good);
+            model.0.fill(Some(pattern.unwrap_or(0)));
         }
         Command::Unmap { ranges } => {
             let length = ranges.len() as u8 * 16;

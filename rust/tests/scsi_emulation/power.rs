@@ -1,6 +1,6 @@
 //! START STOP UNIT and the stopped unit.
 
-use tcmu::scsi::{Capabilities, Sense, Verb};
+use tcmu::scsi::{Capabilities, Geometry, Sense, Verb};
 
 use crate::disk::{ALL, Disk, assert_check, assert_good, assert_invalid_field};
 
@@ -66,4 +66,28 @@ fn power_conditions_and_ejecting_are_refused() {
     }
     assert_invalid_field(disk.command(&start_stop(LOEJ)), 4, 1);
     assert!(!disk.lu.is_stopped());
+}
+
+#[test]
+fn a_removable_medium() {
+    let geometry = Geometry { removable: true, ..Geometry::new(512, 16 * 512) };
+    let mut disk = Disk::with(geometry, ALL);
+    let prevent = |value| [0x1e, 0, 0, 0, value, 0];
+    assert_eq!(disk.read(&[0x12, 0, 0, 0, 36, 0], 36)[1], 0x80);
+    assert_good(disk.command(&prevent(1)));
+    assert_check(disk.command(&start_stop(LOEJ)), Sense::MEDIUM_REMOVAL_PREVENTED);
+    assert_good(disk.command(&[0; 6]));
+    assert_good(disk.command(&prevent(0)));
+    assert_good(disk.command(&start_stop(LOEJ)));
+    assert_eq!(disk.verbs(), [Verb::Flush]);
+    for cdb in [&[0x00, 0, 0, 0, 0, 0][..], &[0x08, 0, 0, 0, 1, 0], &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0]] {
+        assert_check(disk.command(cdb), Sense::MEDIUM_NOT_PRESENT);
+    }
+    assert_good(disk.command(&prevent(1)));
+    assert_check(disk.command(&start_stop(LOEJ | START)), Sense::MEDIUM_REMOVAL_PREVENTED);
+    assert_good(disk.command(&prevent(0)));
+    assert_good(disk.command(&start_stop(LOEJ | START)));
+    assert_good(disk.command(&[0; 6]));
+    assert_invalid_field(disk.command(&prevent(2)), 4, 1);
+    assert_check(Disk::new(16, ALL).command(&prevent(1)), Sense::INVALID_OPCODE);
 }

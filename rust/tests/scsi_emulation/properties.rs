@@ -5,12 +5,20 @@ use proptest::prelude::*;
 use tcmu::scsi::{Capabilities, Geometry, Next, Sense};
 
 use crate::disk::{Buffer, Disk};
-use crate::opcodes::{supported, usage};
+use crate::opcodes::{set_action, supported, usage};
 
 fn capabilities() -> impl Strategy<Value = Capabilities> {
-    any::<[bool; 6]>().prop_map(|[write, flush, native_fua, discard, discard_zeroes, write_zeroes]| {
-        Capabilities { write, flush, native_fua, discard, discard_zeroes, write_zeroes }
-    })
+    any::<[bool; 7]>().prop_map(
+        |[write, flush, native_fua, discard, discard_zeroes, write_zeroes, extents]| Capabilities {
+            write,
+            flush,
+            native_fua,
+            discard,
+            discard_zeroes,
+            write_zeroes,
+            extents,
+        },
+    )
 }
 
 fn geometry() -> impl Strategy<Value = Geometry> {
@@ -21,6 +29,8 @@ fn geometry() -> impl Strategy<Value = Geometry> {
                 discard_granularity: granularity << shift,
                 discard_alignment: (alignment % granularity) << shift,
                 max_transfer_blocks: limit,
+                max_compare_blocks: limit.min(8) as u8,
+                max_atomic_write_blocks: limit / 2,
                 max_discard_blocks: limit.max(8),
                 max_discard_descriptors: 4,
                 max_write_same_blocks: limit.into(),
@@ -70,7 +80,11 @@ proptest! {
             }
             cdb[0] = opcode;
             if let Some(action) = action {
-                cdb[1] = action as u8;
+                match opcode {
+                    0x7f => (),
+                    _ => cdb[1] &= !0x1f,
+                }
+                set_action(&mut cdb, Some(action));
             }
             let block_size = disk.lu.geometry().block_size as usize;
             let buffer = Buffer::from(vec![0; (blocks * block_size).saturating_add_signed(more)]);

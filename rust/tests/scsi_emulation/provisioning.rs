@@ -1,7 +1,7 @@
 //! UNMAP and WRITE SAME.
 
 use tcmu::scsi::sense::KeySpecific;
-use tcmu::scsi::{Capabilities, Geometry, Next, Sense, Verb};
+use tcmu::scsi::{Capabilities, Geometry, Next, Sense, StepResult, Verb};
 
 use crate::disk::{ALL, Buffer, DISCARDED, Disk, assert_check, assert_good, assert_invalid_field, fields};
 
@@ -306,6 +306,6 @@ fn a_shrinking_disk_ends_a_batch() {
     let buffer = Buffer::from(vec![1; 512]);
     let Next::Call(_, task) = disk.lu.start(&write_same_16(0, 0, 8192), &buffer) else { panic!() };
     disk.lu.set_size(4096 * 512).unwrap();
-    let Next::Done(reply) = disk.lu.resume(task, &buffer, None) else { panic!() };
+    let Next::Done(reply) = disk.lu.resume(task, &buffer, StepResult::None) else { panic!() };
     assert_check(reply, Sense::LBA_OUT_OF_RANGE);
 }

@@ -1,8 +1,8 @@
 //! What a logical unit may be made of.
 
-use tcmu::scsi::{Capabilities, Geometry, Identity, LogicalUnit, LunError};
+use tcmu::scsi::{Capabilities, Geometry, Identity, LogicalUnit, LunError, Sense};
 
-use crate::disk::{ALL, Disk, NAA, identity};
+use crate::disk::{ALL, Disk, NAA, assert_check, assert_good, identity};
 
 fn refused(change: impl FnOnce(&mut Geometry)) -> LunError {
     let mut geometry = Geometry::new(512, 1 << 20);
@@ -74,9 +74,26 @@ fn resizing_moves_the_end() {
     disk.medium.resize(32 * 512, 0);
     disk.lu.set_size(32 * 512).unwrap();
     assert_eq!(disk.lu.size(), 32 * 512);
+    assert_check(disk.command(&[0; 6]), Sense::CAPACITY_DATA_HAS_CHANGED);
     assert_eq!(disk.read(&[0x08, 0, 0, 31, 1, 0], 512).len(), 512);
     assert_eq!(disk.lu.set_size(100), Err(LunError::Size { size: 100, block_size: 512 }));
     assert_eq!(disk.lu.size(), 32 * 512);
+}
+
+#[test]
+fn a_new_capacity_is_told_once() {
+    let mut disk = Disk::new(16, ALL);
+    disk.lu.set_size(16 * 512).unwrap();
+    assert_good(disk.command(&[0; 6]));
+    disk.lu.set_size(8 * 512).unwrap();
+    assert_eq!(disk.read(&[0x12, 0, 0, 0, 36, 0], 36).len(), 36);
+    assert_eq!(disk.read(&[0xa0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0], 16).len(), 16);
+    assert_check(disk.command(&[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0]), Sense::CAPACITY_DATA_HAS_CHANGED);
+    assert_good(disk.command(&[0; 6]));
+    disk.lu.set_size(16 * 512).unwrap();
+    let sense = disk.read(&[0x03, 0, 0, 0, 18, 0], 18);
+    assert_eq!((sense[2], sense[12], sense[13]), (0x06, 0x2a, 0x09));
+    assert_good(disk.command(&[0; 6]));
 }
 
 #[test]

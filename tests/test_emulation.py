@@ -1,0 +1,161 @@
+"""The SCSI emulation with real handlers on the simulator: what takes the runtime to work."""
+
+from __future__ import annotations
+
+import struct
+
+import trio
+
+import tcmu_rs
+from tcmu_rs import BlockHandler, ExtentState, IoVec
+from tcmu_rs.testing import SimulatedDisk, simulated
+
+BLOCK = 512
+BLOCKS = 16384
+TEST_UNIT_READY = bytes(6)
+FORMAT_IMMED = bytes([0x04, 0x10, 0, 0, 0, 0]), bytes([0, 0x02, 0, 0])
+
+
+class Memory(BlockHandler):
+    """A disk in memory whose every call may wait, and does so as often as it is told."""
+
+    size = BLOCK * BLOCKS
+    max_in_flight = 8
+
+    def __init__(self) -> None:
+        self.data = bytearray(b"\x01" * self.size)
+        self.calls: list[str] = []
+        self.gate: trio.Event | None = None
+        self.fail_after: int | None = None
+
+    async def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if self.fail_after is not None and len(self.calls) > self.fail_after:
+            raise OSError(5, "broken")
+        await trio.lowlevel.checkpoint()
+        if self.gate is not None:
+            await self.gate.wait()
+
+    async def read(self, offset: int, iov: IoVec) -> None:
+        await self._call("read")
+        iov.copy_from(memoryview(self.data)[offset : offset + iov.nbytes])
+
+    async def write(self, offset: int, iov: IoVec) -> None:
+        await self._call("write")
+        iov.copy_into(memoryview(self.data)[offset : offset + iov.nbytes])
+
+    async def flush(self) -> None:
+        await self._call("flush")
+
+
+class Plain(BlockHandler):
+    """A disk whose calls never wait, and which knows its extents."""
+
+    size = BLOCK * BLOCKS
+
+    def __init__(self) -> None:
+        self.data = bytearray(b"\x01" * self.size)
+
+    def read(self, offset: int, iov: IoVec) -> None:
+        iov.copy_from(memoryview(self.data)[offset : offset + iov.nbytes])
+
+    def write(self, offset: int, iov: IoVec) -> None:
+        iov.copy_into(memoryview(self.data)[offset : offset + iov.nbytes])
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, ExtentState]]:
+        return [(BLOCK * 3, ExtentState.MAPPED), (length, ExtentState.DEALLOCATED)]
+
+
+def compare_and_write(lba: int) -> bytes:
+    return struct.pack(">BBQ3xBBB", 0x89, 0, lba, 1, 0, 0)
+
+
+async def wait_until_ready(disk: SimulatedDisk) -> list[tuple[int, int, int] | None]:
+    seen = []
+    while True:
+        reply = await disk.scsi(TEST_UNIT_READY)
+        if reply.status == 0:
+            return seen
+        seen.append(reply.sense_code)
+
+
+async def test_format_goes_on_after_its_answer() -> None:
+    handler = Memory()
+    async with simulated(handler) as disk:
+        (await disk.scsi(*FORMAT_IMMED)).check()
+        seen = await wait_until_ready(disk)
+        assert seen
+        assert set(seen) == {(0x2, 0x04, 0x04)}
+        assert not any(handler.data)
+        assert await disk.read(0, BLOCK) == bytes(BLOCK)
+
+
+async def test_format_lets_others_run_even_if_the_handler_never_waits() -> None:
+    handler = Plain()
+    handler.size = 64 << 20
+    handler.data = bytearray(b"\x01" * handler.size)
+    async with simulated(handler) as disk:
+        (await disk.scsi(*FORMAT_IMMED)).check()
+        assert await wait_until_ready(disk)
+        assert not any(handler.data[::4096])
+
+
+async def test_the_id_of_an_answered_format_is_another_commands() -> None:
+    """An abort that names the id must not end the format, which nobody waits for any more."""
+    handler = Memory()
+    handler.gate = trio.Event()
+    async with simulated(handler) as disk:
+        (await disk.scsi(*FORMAT_IMMED)).check()
+        await trio.testing.wait_all_tasks_blocked()
+        ticket = disk.submit(TEST_UNIT_READY)
+        disk.abort(ticket)
+        await disk.wait(ticket)
+        handler.gate.set()
+        assert set(await wait_until_ready(disk)) <= {(0x2, 0x04, 0x04)}
+        assert not any(handler.data)
+
+
+async def test_a_failed_format_is_told() -> None:
+    handler = Memory()
+    handler.fail_after = 2
+    async with simulated(handler) as disk:
+        (await disk.scsi(*FORMAT_IMMED)).check()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await disk.scsi(TEST_UNIT_READY)).sense_code == (0x3, 0x31, 0x01)
+        handler.fail_after = None
+        (await disk.scsi(FORMAT_IMMED[0][:1] + bytes(5))).check()
+        (await disk.scsi(TEST_UNIT_READY)).check()
+
+
+async def test_compare_and_write_reads_into_memory_of_its_own() -> None:
+    for handler in (Memory(), Plain()):
+        async with simulated(handler) as disk:
+            (await disk.scsi(compare_and_write(3), b"\x01" * BLOCK + b"\x02" * BLOCK)).check()
+            reply = await disk.scsi(compare_and_write(3), b"\x02" * 7 + b"\x01" * 505 + b"\x02" * BLOCK)
+            assert reply.sense_code == (0xE, 0x1D, 0x00)
+            assert reply.sense[0] == 0xF0
+            assert int.from_bytes(reply.sense[3:7], "big") == 7
+        assert handler.data[3 * BLOCK : 4 * BLOCK] == b"\x02" * BLOCK
+
+
+async def test_extents() -> None:
+    async with simulated(Plain()) as disk:
+        cdb = struct.pack(">BBQLBB", 0x9E, 0x12, 5, 255, 0, 0)
+        data = (await disk.scsi(cdb, data_in=255)).check()
+        descriptors = [struct.unpack_from(">QLB", data, at) for at in range(8, len(data), 16)]
+        assert descriptors == [(5, 3, 0), (8, BLOCKS - 8, 1)]
+
+
+async def test_a_read_that_ignores_its_memory_is_a_bug() -> None:
+    class Lazy(Plain):
+        def read(self, offset: int, iov: IoVec) -> None:
+            pass
+
+    async with simulated(Lazy(), strict=False) as disk:
+        reply = await disk.scsi(compare_and_write(0), bytes(2 * BLOCK))
+        # The memory is zeroed first: what is compared is never what it held before.
+        assert reply.sense_code in {None, (0x4, 0x44, 0x00)}
+
+
+def test_states_are_public() -> None:
+    assert tcmu_rs.ExtentState.DEALLOCATED == 1
