@@ -56,7 +56,7 @@ format: $(VENV)/develop
 lint: $(VENV)/develop
 	$(BIN)/ruff check .
 	cargo clippy --quiet --all-targets -- -D warnings
-	PYO3_PYTHON=$(abspath $(BIN))/python cargo clippy --quiet --all-targets --features python -- -D warnings
+	PYO3_PYTHON=$(abspath $(BIN))/python cargo clippy --quiet --lib --features python -- -D warnings
 
 types: $(VENV)/develop
 	$(BIN)/mypy
@@ -64,9 +64,8 @@ types: $(VENV)/develop
 
 rust-test:
 	cargo test --quiet
-	RUSTFLAGS='--cfg loom' CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/loom cargo test --quiet --release --lib lease
 
-# AddressSanitizer over the core, and every fuzz target for a short while with the kept corpus.
+# AddressSanitizer and loom over the core, and every fuzz target for a short while with the kept corpus.
 SECONDS ?= 10
 rust-memory:
 	rust/check-memory

@@ -5,10 +5,12 @@ from __future__ import annotations
 import struct
 
 import trio
+import trio.testing
 
-import tcmu_rs
-from tcmu_rs import BlockHandler, ExtentState, IoVec
+from tcmu_rs import BlockHandler, Command, ExtentState, IoVec
 from tcmu_rs.testing import SimulatedDisk, simulated
+
+from .conftest import Log
 
 BLOCK = 512
 BLOCKS = 16384
@@ -71,7 +73,7 @@ def compare_and_write(lba: int) -> bytes:
 
 
 async def wait_until_ready(disk: SimulatedDisk) -> list[tuple[int, int, int] | None]:
-    seen = []
+    seen: list[tuple[int, int, int] | None] = []
     while True:
         reply = await disk.scsi(TEST_UNIT_READY)
         if reply.status == 0:
@@ -115,13 +117,14 @@ async def test_the_id_of_an_answered_format_is_another_commands() -> None:
         assert not any(handler.data)
 
 
-async def test_a_failed_format_is_told() -> None:
+async def test_a_failed_format_is_told(log: Log) -> None:
     handler = Memory()
     handler.fail_after = 2
     async with simulated(handler) as disk:
         (await disk.scsi(*FORMAT_IMMED)).check()
         await trio.testing.wait_all_tasks_blocked()
         assert (await disk.scsi(TEST_UNIT_READY)).sense_code == (0x3, 0x31, 0x01)
+        log.expect("broken")
         handler.fail_after = None
         (await disk.scsi(FORMAT_IMMED[0][:1] + bytes(5))).check()
         (await disk.scsi(TEST_UNIT_READY)).check()
@@ -146,7 +149,7 @@ async def test_extents() -> None:
         assert descriptors == [(5, 3, 0), (8, BLOCKS - 8, 1)]
 
 
-async def test_a_read_that_ignores_its_memory_is_a_bug() -> None:
+async def test_a_read_that_ignores_its_memory_compares_zeroes() -> None:
     class Lazy(Plain):
         def read(self, offset: int, iov: IoVec) -> None:
             pass
@@ -157,5 +160,88 @@ async def test_a_read_that_ignores_its_memory_is_a_bug() -> None:
         assert reply.sense_code in {None, (0x4, 0x44, 0x00)}
 
 
-def test_states_are_public() -> None:
-    assert tcmu_rs.ExtentState.DEALLOCATED == 1
+async def test_compare_and_write_is_a_lock() -> None:
+    """Many initiators count in one block; each adds one only to what it has seen."""
+    handler = Memory()
+    handler.data[:] = bytes(handler.size)
+
+    async def count(disk: SimulatedDisk) -> None:
+        for _ in range(10):
+            while True:
+                old = await disk.read(0, BLOCK)
+                new = (int.from_bytes(old, "big") + 1).to_bytes(BLOCK, "big")
+                reply = await disk.scsi(compare_and_write(0), old + new)
+                if reply.status == 0:
+                    break
+                assert reply.sense_code == (0xE, 0x1D, 0x00)
+
+    async with simulated(handler) as disk, trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(count, disk)
+    assert int.from_bytes(handler.data[:BLOCK], "big") == 80
+
+
+async def test_a_waiting_command_is_aborted_and_those_behind_it_go_on() -> None:
+    handler = Memory()
+    handler.gate = trio.Event()
+    async with simulated(handler) as disk:
+        first = disk.submit(compare_and_write(0), b"\x01" * BLOCK + b"\x02" * BLOCK)
+        await trio.testing.wait_all_tasks_blocked()
+        second = disk.submit(compare_and_write(0), b"\x01" * BLOCK + b"\x03" * BLOCK)
+        read = disk.submit(bytes([0x08, 0, 0, 0, 1, 0]), data_in=BLOCK)
+        await trio.testing.wait_all_tasks_blocked()
+        assert handler.calls == ["read"]
+        disk.abort(second)
+        await disk.wait(second)
+        handler.gate.set()
+        assert (await disk.wait(first)).status == 0
+        assert (await disk.wait(read)).check() == b"\x02" * BLOCK
+
+
+async def test_the_end_of_a_device_answers_those_who_wait() -> None:
+    handler = Memory()
+    handler.gate = trio.Event()
+    async with simulated(handler, grace=0) as disk:
+        for _ in range(5):
+            disk.submit(compare_and_write(0), bytes(2 * BLOCK))
+        await trio.testing.wait_all_tasks_blocked()
+    # That none is left without an answer is what `simulated` checks.
+    assert handler.calls == ["read"]
+
+
+async def test_commands_that_a_handler_has_seen_wait_too() -> None:
+    class Watching(Memory):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+
+        def scsi_command(self, cmd: Command) -> object:
+            self.seen.append(cmd.cdb[0])
+            return NotImplemented
+
+    handler = Watching()
+    handler.gate = trio.Event()
+    async with simulated(handler) as disk:
+        tickets = [disk.submit(compare_and_write(0), b"\x01" * (2 * BLOCK)) for _ in range(4)]
+        await trio.testing.wait_all_tasks_blocked()
+        assert handler.seen == [0x89] * 4
+        assert handler.calls == ["read"]
+        handler.gate.set()
+        for ticket in tickets:
+            assert (await disk.wait(ticket)).status == 0
+        assert handler.seen == [0x89] * 4
+
+
+async def test_a_format_waits_for_writes_that_have_begun() -> None:
+    handler = Memory()
+    handler.gate = trio.Event()
+    async with simulated(handler) as disk:
+        write = disk.submit(bytes([0x0A, 0, 0, 0, 1, 0]), b"\x07" * BLOCK)
+        await trio.testing.wait_all_tasks_blocked()
+        (await disk.scsi(*FORMAT_IMMED)).check()
+        await trio.testing.wait_all_tasks_blocked()
+        assert handler.calls == ["write"]
+        handler.gate.set()
+        (await disk.wait(write)).check()
+        await wait_until_ready(disk)
+        assert not any(handler.data)

@@ -152,6 +152,8 @@ _ERRNO = {
     errno.ETIMEDOUT: Busy.failure,
     errno.ENOMEM: Failure(TASK_SET_FULL),
 }
+_STATUSES = frozenset({CHECK_CONDITION, BUSY, 0x18, TASK_SET_FULL, 0x30, TASK_ABORTED})
+_SENSE_KEYS = frozenset(range(0x10)) - {0xC}
 _READ_ERROR = Failure(CHECK_CONDITION, 0x3, 0x11, 0x00)
 _WRITE_ERROR = Failure(CHECK_CONDITION, 0x3, 0x0C, 0x00)
 _PROTECTED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
@@ -159,11 +161,18 @@ _MEDIUM = frozenset({errno.EIO, errno.EILSEQ, errno.EBADMSG, errno.EUCLEAN})
 
 
 def failure_of(error: Exception, *, writing: bool) -> Failure | None:
-    """What an initiator gets for an exception of a handler; None for one that is a bug."""
+    """What an initiator gets for an exception of a handler; None for one that is a bug.
+
+    Of a group it is what the first one in it says, if none of them is a bug: handlers have nurseries.
+    """
+    if isinstance(error, ExceptionGroup):
+        failures = [failure_of(part, writing=writing) for part in error.exceptions]
+        return None if None in failures else failures[0]
     if isinstance(error, ScsiError):
-        if writing and (error.key, error.asc, error.ascq) == (0x3, 0x11, 0x00):
+        failure = Failure(error.status, error.key, error.asc, error.ascq, error.information)
+        if writing and failure[:4] == MediumError.failure[:4]:
             return _WRITE_ERROR._replace(information=error.information)
-        return Failure(error.status, error.key, error.asc, error.ascq, error.information)
+        return failure if _exists(failure) else None
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno in _MEDIUM:
             return _WRITE_ERROR if writing else _READ_ERROR
@@ -171,3 +180,14 @@ def failure_of(error: Exception, *, writing: bool) -> Failure | None:
             return WriteProtected.failure
         return _ERRNO.get(error.errno)
     return None
+
+
+def _exists(failure: Failure) -> bool:
+    """Whether there is such a status, which means failure, and there can be such sense data."""
+    return (
+        failure.status in _STATUSES
+        and failure.key in _SENSE_KEYS
+        and 0 <= failure.asc <= 0xFF
+        and 0 <= failure.ascq <= 0xFF
+        and (failure.information is None or 0 <= failure.information < 1 << 64)
+    )

@@ -229,11 +229,10 @@ def colour_of(method: Callable[..., object]) -> Colour:
     function: Any = method
     while isinstance(function, functools.partial):
         function = function.func
-    if getattr(function, "__tcmu_blocking__", False):
-        return Colour.BLOCKING
+    # First, for `functools.wraps` copies the mark of a blocking function to an async one around it.
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         return Colour.ASYNC
-    return Colour.PLAIN
+    return Colour.BLOCKING if getattr(function, "__tcmu_blocking__", False) else Colour.PLAIN
 
 
 def has(handler: Handler, name: str) -> bool:

@@ -4,7 +4,8 @@ Life of a device: `serve_ring` starts one worker. A worker that has nothing to r
 out of it, and runs the commands one after the other, in its own task. While no handler suspends, that is all there
 is: one wake-up, a coroutine call per command, one doorbell. The moment a handler does suspend, and not before,
 another worker is called up to go on with the rest and with the ring. Workers grow to `max_in_flight` that run
-commands, and one more that watches the ring: so even a device whose handlers all hang hears of aborted commands.
+commands, one more that watches the ring, so that even a device whose handlers all hang hears of aborted commands, and
+one that hands back answers when all of these are busy.
 
 Each worker has a cancel scope around the commands it runs, entered once, not once per command. Task management
 cancels the scope of the command meant; the worker then enters a new one.
@@ -15,10 +16,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import traceback
 import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -33,10 +35,10 @@ logger = logging.getLogger("tcmu_rs")
 
 BATCH = 64
 """Entries taken from the ring at once; between batches other tasks run."""
-PENDING_LIMIT = 1024
-"""Commands kept waiting for a worker; more stay in the ring."""
 STEPS = 4
 """Steps of one command between two passes of the loop."""
+LAST_BATCHES = 16
+"""Batches of new commands that a device turns away when it ends; an initiator may send them again at once."""
 GRACE = 10.0
 """Seconds that commands in flight get when a device stops."""
 
@@ -106,12 +108,15 @@ class Device:
         self._pending: deque[_native.Command] = deque()
         self._idle: list[trio.lowlevel.Task] = []
         self._scopes: dict[int, trio.CancelScope] = {}
+        self._cancelled: list[tuple[_native.Command, int | None]] = []
         self._workers = 0
         self._running = 0
         self._pumping = False
         self._dirty = False
         self._stopping = False
+        self._broken = False
         self._drained = trio.Event()
+        self._winding_down: trio.CancelScope | None = None
         self._reaping = False
         self._bugs: set[tuple[str, str]] = set()
         self._nursery: trio.Nursery | None = None
@@ -131,8 +136,8 @@ class Device:
     def shorten_grace(self, grace: float = 0.0) -> None:
         """Sets the seconds that commands in flight get from now on, when the device stops or is stopping."""
         self._grace = grace
-        if self._stopping:
-            self._drained.set()
+        if self._winding_down is not None:
+            self._winding_down.deadline = trio.current_time() + grace
 
     # How each verb is called, decided once.
 
@@ -184,8 +189,8 @@ class Device:
                     raise TypeError(f"{what} is a plain function that returned an awaitable: write `async def`")
                 if finish is not None:
                     finish(cmd, result)
-                elif result is not None:
-                    raise TypeError(f"{what} returned {result!r}: transfers are whole, return None")
+                else:
+                    self._check_result(name, result)
 
             return plain
 
@@ -206,8 +211,16 @@ class Device:
                 result = await call()
             if finish is not None:
                 finish(cmd, result)
+            else:
+                self._check_result(name, result)
 
         return suspended
+
+    def _check_result(self, name: str, result: object) -> None:
+        if result is not None:
+            raise TypeError(
+                f"{type(self.handler).__name__}.{name}() returned {result!r}: transfers are whole, return None"
+            )
 
     def _reply(self, cmd: _native.Command, result: Any) -> None:
         if result is not None and not isinstance(result, int):
@@ -226,15 +239,26 @@ class Device:
     # Workers.
 
     async def _worker(self) -> None:
-        self._workers += 1
         try:
-            while not self._stopping:
-                with trio.CancelScope() as scope:
-                    await self._work(scope)
+            with self._first_device_error():
+                while not self._stopping:
+                    with trio.CancelScope() as scope:
+                        await self._work(scope)
+                    self._answer_cancelled()
+                # Nobody comes to hand this back while other commands use up the grace period.
+                self._commit()
         finally:
             self._workers -= 1
-            if self._stopping and self._running == 0:
-                self._drained.set()
+
+    @contextmanager
+    def _first_device_error(self) -> Iterator[None]:
+        """Lets one `DeviceError` through: what the others find afterwards is its consequence."""
+        try:
+            yield
+        except _errors.DeviceError:
+            if not self._broken:
+                self._broken = self._stopping = True
+                raise
 
     async def _work(self, scope: trio.CancelScope) -> None:
         """Runs commands and watches the ring until the scope is spent on an aborted command, or the device stops."""
@@ -250,8 +274,11 @@ class Device:
                     await trio.lowlevel.cancel_shielded_checkpoint()
                     continue
                 self._commit()
+                waited = False
+                # Commands may have waited for those that are answered now.
+                continue
             waited = False
-            if not self._pumping and len(self._pending) < PENDING_LIMIT:
+            if not self._pumping:
                 await self._pump()
             else:
                 await self._park()
@@ -288,16 +315,21 @@ class Device:
         await trio.lowlevel.wait_task_rescheduled(abort)
 
     def _call_workers(self) -> None:
-        """A command has suspended: sees to it that somebody watches the ring and goes on with what waits."""
+        """A command has suspended: sees to it that somebody goes on with what waits, and with the ring."""
         room = min(len(self._pending), self._max_in_flight - self._running)
         # Two at a time, so that a batch of suspending commands is under way after a few passes of the loop.
-        wanted = min(2, room) or (0 if self._pumping else 1)
+        wanted = min(2, room) or int(self._dirty or not self._pumping)
         for _ in range(wanted):
             if self._idle:
                 trio.lowlevel.reschedule(self._idle.pop())
-            elif self._workers <= self._max_in_flight and self._nursery is not None:
-                self._nursery.start_soon(self._worker, name=f"<tcmu_rs worker of {self.name}>")
+            elif self._workers < self._max_in_flight + 2:
+                self._hire()
                 return
+
+    def _hire(self) -> None:
+        if self._nursery is not None:
+            self._workers += 1
+            self._nursery.start_soon(self._worker, name=f"<tcmu_rs worker of {self.name}>")
 
     async def _run(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
         """Runs one command to its answer, whatever happens."""
@@ -319,8 +351,8 @@ class Device:
                 if coroutine is not None:
                     try:
                         trap = coroutine.send(None)
-                    except StopIteration:
-                        pass
+                    except StopIteration as stop:
+                        result = stop.value
                     else:
                         # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
                         cmd_id = None if cmd.answered else cmd.id
@@ -328,14 +360,17 @@ class Device:
                             self._scopes[cmd_id] = scope
                         self._call_workers()
                         try:
-                            await _resume(coroutine, trap)
+                            result = await _resume(coroutine, trap)
                         finally:
                             if cmd_id is not None:
                                 del self._scopes[cmd_id]
+                    if result is not None:
+                        self._check_result(self._method(verb), result)
                     del coroutine
                 if verb is None:
-                    # Answered by now, or left to the emulation, which may want a step done.
-                    if cmd.answered:
+                    # Answered by now, or left to the emulation, which may want a step done, or waits for other
+                    # commands and hands this one out again.
+                    if cmd.verb is None:
                         break
                 elif not cmd.advance():
                     break
@@ -350,22 +385,52 @@ class Device:
             failure = self._failure(error, verb)
             if self._strict and failure is _BUG:
                 crash = error
-        except BaseException:
-            # Cancelled, by task management or because the device ends: never swallowed.
-            failure = _ABORTED
-            raise
+        except BaseException as error:
+            # Cancelled, by task management or because the device ends: never swallowed. The answer comes when the
+            # scope has let go of the exception, for its traceback keeps the frames that may hold views.
+            self._cancelled.append((cmd, verb))
+            cancelled = self._only_cancelled(error, verb)
+            if cancelled is error:
+                raise
+            raise cancelled from None
         finally:
             self._running -= 1
             self._dirty = True
-            # Only now, when the traceback and with it the frames that may hold views are gone.
             if failure is not None:
                 cmd.fail(*failure)
-            if cmd.lent:
+            # The frames of an exception that is raised again may hold views, and do no harm: the device ends.
+            if cmd.lent and crash is None:
                 self._keep(cmd, verb)
             if self._stopping and self._running == 0:
                 self._drained.set()
         if crash is not None:
-            raise crash
+            try:
+                raise crash
+            finally:
+                del crash
+
+    def _only_cancelled(self, error: BaseException, verb: int | None) -> BaseException:
+        """Without what a handler with tasks of its own raised while it was cancelled: a bug of that command."""
+        if self._strict or not isinstance(error, BaseExceptionGroup):
+            return error
+        cancelled, rest = error.split(trio.Cancelled)
+        if cancelled is None or not isinstance(rest, ExceptionGroup):
+            return error
+        self._failure(rest, verb)
+        return cancelled
+
+    def _answer_cancelled(self) -> None:
+        while self._cancelled:
+            cmd, verb = self._cancelled.pop()
+            cmd.fail(*_ABORTED)
+            self._dirty = True
+            if cmd.lent:
+                self._keep(cmd, verb)
+
+    def _method(self, verb: int | None) -> str:
+        if verb is not None:
+            return METHODS[Verb(verb)]
+        return "scsi_command" if isinstance(self.handler, BlockHandler) else "command"
 
     async def _pause(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
         """Lets others run between two steps of a long command."""
@@ -383,16 +448,17 @@ class Device:
     def _failure(self, error: Exception, verb: int | None) -> _errors.Failure:
         writing = verb not in (None, Verb.READ)
         failure = _errors.failure_of(error, writing=writing)
-        method = METHODS[Verb(verb)] if verb is not None else "command"
-        what = f"{type(self.handler).__name__}.{method}()"
+        what = f"{type(self.handler).__name__}.{self._method(verb)}()"
+        # The log gets text only: records are kept, and the frames of a traceback may hold views of the command's data.
         if failure is not None:
-            logger.warning("%s: %s failed: %s", self.name, what, error)
+            logger.warning("%s: %s failed: %s", self.name, what, str(error))
             return failure
         # Once per place: a broken handler must not fill the disk with its tracebacks.
         kind = (what, type(error).__name__)
         if kind not in self._bugs:
             self._bugs.add(kind)
-            logger.error("%s: %s raised what it must not", self.name, what, exc_info=error)
+            text = "".join(traceback.format_exception(error))
+            logger.error("%s: %s raised what it must not\n%s", self.name, what, text)
         return _BUG
 
     def _abort(self, ids: list[int]) -> None:
@@ -400,22 +466,24 @@ class Device:
             scope = self._scopes.get(cmd_id)
             if scope is not None:
                 scope.cancel()
-        waiting = [cmd for cmd in self._pending if cmd.id in ids]
+        waiting = [cmd for cmd in self._pending if cmd.id in ids and not cmd.answered]
         for cmd in waiting:
             self._pending.remove(cmd)
             cmd.fail(*_ABORTED)
 
     def _commit(self) -> None:
         self._dirty = False
-        self._ring.commit()
+        if self._ring.commit():
+            # Commands that had to wait for others which are answered now.
+            self._pending.extend(self._ring.ready())
+            self._call_workers()
 
     # Memory that is still looked at after the answer.
 
     def _keep(self, cmd: _native.Command, verb: int | None) -> None:
-        method = METHODS[Verb(verb)] if verb is not None else "command"
         logger.warning(
             "%s: %s.%s() kept %d views of a command's data after it returned; their memory stays in use",
-            self.name, type(self.handler).__name__, method, cmd.lent,
+            self.name, type(self.handler).__name__, self._method(verb), cmd.lent,
         )  # fmt: skip
         if not self._reaping and self._nursery is not None:
             self._reaping = True
@@ -423,12 +491,19 @@ class Device:
 
     async def _reap(self) -> None:
         fd = self._ring.wake_fileno()
-        while not self._stopping:
-            for cmd_id in self._ring.reap():
-                if self._free_kept is not None:
+        with self._first_device_error():
+            while not self._stopping:
+                self._free_released()
+                await trio.lowlevel.wait_readable(fd)
+
+    def _free_released(self) -> None:
+        for cmd_id in self._ring.reap():
+            if self._free_kept is not None:
+                try:
                     self._free_kept(cmd_id)
-            self._commit()
-            await trio.lowlevel.wait_readable(fd)
+                except OSError as error:
+                    # Blocks of the data area are lost then; that is no reason to lose the device.
+                    logger.warning("%s: the buffer of command %d cannot be freed: %s", self.name, cmd_id, str(error))
 
     # The whole life.
 
@@ -441,7 +516,7 @@ class Device:
                 async def engine() -> None:
                     with shield:
                         async with trio.open_nursery() as self._nursery:
-                            self._nursery.start_soon(self._worker, name=f"<tcmu_rs worker of {self.name}>")
+                            self._hire()
 
                 outer.start_soon(engine)
                 task_status.started(self)
@@ -455,33 +530,35 @@ class Device:
     async def _wind_down(self, shield: trio.CancelScope) -> None:
         """No new commands; a grace period for those in flight; then they are cancelled."""
         self._stopping = True
-        if self._running == 0:
-            self._drained.set()
-        with trio.move_on_after(self._grace, shield=True):
+        try:
             if self._before_stop is not None:
-                await trio.to_thread.run_sync(self._before_stop)
-            await self._drained.wait()
-        shield.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._before_stop)
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + self._grace) as self._winding_down:
+                if self._running:
+                    await self._drained.wait()
+        finally:
+            shield.cancel()
 
     def _close(self) -> None:
         """Answers what was not begun, with a status that makes initiators try again, and lets go of the device."""
         try:
+            self._answer_cancelled()
             for cmd in self._pending:
                 cmd.fail(*_BUSY)
             self._pending.clear()
-            self._ring.commit()
-            # Bounded: an initiator may send the same commands again at once.
-            for _ in range(PENDING_LIMIT // BATCH):
+            # Commands that waited for those come out now, and those that waited for them.
+            while self._ring.commit():
+                for cmd in self._ring.ready():
+                    cmd.fail(*_BUSY)
+            for _ in range(LAST_BATCHES):
                 for item in self._ring.drain(BATCH):
                     if isinstance(item, _native.Command):
                         item.fail(*_BUSY)
                 self._ring.commit()
                 if not self._ring.pending():
                     break
-            for cmd_id in self._ring.reap():
-                if self._free_kept is not None:
-                    self._free_kept(cmd_id)
-            self._ring.commit()
+            self._free_released()
         except (_errors.DeviceError, OSError):
             # The device is over already: that error is on its way, and nothing can be answered.
             pass

@@ -11,6 +11,12 @@
 //! used for another command yet: where the kernel can keep buffers the initiator is answered at once and the blocks
 //! are freed later, through configfs, by whoever calls [`Device::reap`]; elsewhere the answer itself waits.
 //!
+//! # Commands that exclude each other
+//!
+//! A command whose bytes another one has for itself waits (see [`exclusion`](crate::exclusion)): its claim is kept here,
+//! and comes out of [`Device::take_ready`] when it may begin. Its range is given back when it is answered, or, if it goes
+//! on behind its answer, when its last step is done.
+//!
 //! # Threads
 //!
 //! One task drains. Answers, drops and releases may come from any thread; the ring is behind a mutex for them, which
@@ -25,11 +31,13 @@ use rustix::event::{EventfdFlags, eventfd};
 use smallvec::SmallVec;
 
 use crate::abi;
+use crate::exclusion::{Exclusion, Hold};
 use crate::mapping::Mapping;
 use crate::ring::lease::{Closed, Lease};
 use crate::ring::parking::Parking;
 use crate::ring::{Buffer, Cdb, CmdId, Entry, Response, Ring, RingError, TaskManagement};
 use crate::scsi::LogicalUnit;
+use crate::scsi::opcodes::{Direction, find};
 use crate::scsi::sense::{Sense, SenseFormat};
 use crate::scsi::{DataBuffer, Next, Reply, Status, Step, StepResult, Task, Verb};
 
@@ -81,6 +89,7 @@ pub struct Device {
     keeps_buffers: bool,
     reads_len: bool,
     parking: Parking<Response>,
+    exclusion: Exclusion<(Arc<Claim>, Step)>,
     wake: OnceLock<OwnedFd>,
     /// What happened so far.
     pub counters: Counters,
@@ -103,12 +112,14 @@ impl Device {
     ) -> Result<Self, DeviceError> {
         let ring = Ring::attach(Arc::new(mapping))?;
         Ok(Self {
-            keeps_buffers: ring.has(abi::MAILBOX_FLAG_CAP_KEEP_BUF),
+            // In strict order the answer that keeps a buffer may wait for others, and `reap` would not know it.
+            keeps_buffers: ring.has(abi::MAILBOX_FLAG_CAP_KEEP_BUF) && ring.has(abi::MAILBOX_FLAG_CAP_OOOC),
             reads_len: ring.has(abi::MAILBOX_FLAG_CAP_READ_LEN),
             ring: Mutex::new(ring),
             event: Mutex::new(Some(Arc::new(event))),
             unit,
             parking: Parking::default(),
+            exclusion: Exclusion::default(),
             wake: OnceLock::new(),
             counters: Counters::default(),
         })
@@ -155,7 +166,10 @@ impl Device {
             let entry = lock(&self.ring).fetch()?;
             match entry {
                 None => break,
-                Some(Entry::TaskManagement(tmr)) => work.push(Work::TaskManagement(tmr)),
+                Some(Entry::TaskManagement(tmr)) => {
+                    self.abort_waiting(&tmr)?;
+                    work.push(Work::TaskManagement(tmr));
+                }
                 Some(Entry::Command(command)) => {
                     self.counters.commands.fetch_add(1, Ordering::Relaxed);
                     let claim = Arc::new(Claim {
@@ -168,14 +182,18 @@ impl Device {
                         filled: AtomicBool::new(false),
                         data_out: AtomicBool::new(false),
                         answered: AtomicBool::new(false),
-                        task: Mutex::new(None),
+                        place: Mutex::default(),
                     });
                     if intercept || self.unit.is_none() {
                         work.push(Work::Command(claim));
-                    } else if let Some(step) = claim.start()? {
-                        work.push(Work::Step(claim, step));
                     } else {
-                        self.counters.emulated.fetch_add(1, Ordering::Relaxed);
+                        match claim.start()? {
+                            Started::Step(step) => work.push(Work::Step(claim, step)),
+                            Started::Waiting => {}
+                            Started::Answered => {
+                                self.counters.emulated.fetch_add(1, Ordering::Relaxed);
+                            }
+                        }
                     }
                 }
             }
@@ -183,12 +201,51 @@ impl Device {
         Ok(work)
     }
 
-    /// Whether entries wait that were not drained.
+    /// Whether entries wait that were not drained, or commands in [`Device::take_ready`].
     ///
     /// # Errors
     /// [`DeviceError::Ring`].
     pub fn pending(&self) -> Result<bool, DeviceError> {
-        Ok(lock(&self.ring).pending()?)
+        Ok(self.has_ready() || lock(&self.ring).pending()?)
+    }
+
+    /// Whether commands that had to wait for others can begin.
+    #[must_use]
+    pub fn has_ready(&self) -> bool {
+        self.exclusion.has_ready()
+    }
+
+    /// The commands that had to wait for others and can begin, with their first steps.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`] from the answer to one that cannot begin any more.
+    pub fn take_ready(&self) -> Result<Vec<(Arc<Claim>, Step)>, DeviceError> {
+        let mut ready = self.exclusion.take_ready();
+        let size = self.unit.as_ref().map_or(u64::MAX, |unit| unit.size());
+        let mut outside = Vec::new();
+        ready.retain(|(claim, step)| {
+            // It was looked at before it waited, and the medium may have shrunk since.
+            let fits = step.offset.0.checked_add(step.length).is_some_and(|end| end <= size);
+            if !fits {
+                outside.push(claim.clone());
+            }
+            fits
+        });
+        for claim in outside {
+            claim.answer(Reply::check(Sense::LBA_OUT_OF_RANGE))?;
+        }
+        Ok(ready)
+    }
+
+    /// Answers the aborted ones among the commands that wait. One that was answered before is not meant: its id is
+    /// another command's.
+    fn abort_waiting(&self, tmr: &TaskManagement) -> Result<(), DeviceError> {
+        for (claim, _) in self.exclusion.waiting_with_ids(|id| tmr.commands.contains(&CmdId(id))) {
+            if !claim.is_answered() {
+                claim.answer(Reply::status(Status::TaskAborted))?;
+            }
+        }
+        Ok(())
     }
 
     /// Hands back what was answered, and rings the doorbell if there is anything.
@@ -267,6 +324,8 @@ impl Device {
     pub fn close(&self) {
         lock(&self.ring).abandon();
         lock(&self.event).take();
+        // Claims that wait hold the device, and it holds them.
+        drop(self.exclusion.clear());
     }
 }
 
@@ -289,6 +348,24 @@ pub enum Answered {
     Already,
 }
 
+/// What became of a command that the emulation has looked at.
+#[derive(Debug)]
+pub enum Started {
+    /// The handler is needed.
+    Step(Step),
+    /// It will be, when other commands are over: see [`Device::take_ready`].
+    Waiting,
+    /// It is answered.
+    Answered,
+}
+
+/// Where a command is: what is left to do, and which range it has for that.
+#[derive(Debug, Default)]
+struct Place {
+    task: Option<Task>,
+    hold: Hold,
+}
+
 /// One outstanding command, and the duty to answer it.
 #[derive(Debug)]
 pub struct Claim {
@@ -300,10 +377,12 @@ pub struct Claim {
     lease: Lease,
     /// Every byte of the Data-In was written, by somebody who means it or by a zeroing.
     filled: AtomicBool,
-    /// The main buffer is known to hold Data-Out.
+    /// The main buffer is known to hold Data-Out: zeroing it would cost every write a pass over the memory. Known by
+    /// the CDB, for an entry does not tell: an initiator that announces Data-In for a WRITE is handed what the memory
+    /// held, which is data of this device.
     data_out: AtomicBool,
     answered: AtomicBool,
-    task: Mutex<Option<Task>>,
+    place: Mutex<Place>,
 }
 
 impl Claim {
@@ -337,15 +416,53 @@ impl Claim {
         self.answered.load(Ordering::Acquire)
     }
 
-    /// Lets the emulation look at the command. Returns the step for the handler, or `None` if it is answered.
+    /// Lets the emulation look at the command.
     ///
     /// # Errors
     /// [`DeviceError::Ring`] from the answer.
-    pub fn start(&self) -> Result<Option<Step>, DeviceError> {
-        match &self.device.unit {
-            Some(unit) => self.go_on(unit.start(&self.cdb, &self.data)),
-            None => self.answer(Reply::check(Sense::INVALID_OPCODE)).map(|_| None),
+    pub fn start(self: &Arc<Self>) -> Result<Started, DeviceError> {
+        let next = match &self.device.unit {
+            Some(unit) => unit.start(&self.cdb, self.emulated_buffer(unit)),
+            None => Next::Done(Reply::check(Sense::INVALID_OPCODE)),
+        };
+        match next {
+            Next::Done(reply) => self.answer(reply).map(|_| Started::Answered),
+            Next::Call(step, task) => Ok(self.enter(step, task)),
+            Next::Early(step, task) => {
+                // The task goes on without the initiator: what holds it is the step that is handed out.
+                self.send(Reply::good(0))?;
+                Ok(self.enter(step, task))
+            }
         }
+    }
+
+    /// Begins with the first step as soon as no other command is in the way.
+    fn enter(self: &Arc<Self>, step: Step, task: Task) -> Started {
+        if step.verb == Verb::Write {
+            self.data_out.store(true, Ordering::Relaxed);
+        }
+        let exclusion = &self.device.exclusion;
+        let reach = task.reach(&step);
+        let mut place = lock(&self.place);
+        place.task = Some(task);
+        if let Some(hold) = exclusion.enter_unqueued(self.id.0, &reach) {
+            place.hold = hold;
+            return Started::Step(step);
+        }
+        let token = exclusion.token();
+        // The place stays locked: whoever gives up this command finds it in the queue.
+        place.hold = Hold::Queued(token);
+        match exclusion.enter(token, self.id.0, reach, (self.clone(), step)) {
+            Some((_, step)) => Started::Step(step),
+            None => Started::Waiting,
+        }
+    }
+
+    /// Does nothing more for this command: what is left is dropped, which tells the unit, and others may have its range.
+    fn finish(&self) {
+        let Place { task, hold } = std::mem::take(&mut *lock(&self.place));
+        drop(task);
+        self.device.exclusion.leave(self.id.0, hold);
     }
 
     /// The step succeeded, with `result`: returns the next one, or `None` if there is no more to do. The command is
@@ -354,10 +471,23 @@ impl Claim {
     /// # Errors
     /// [`DeviceError::Ring`] from the answer.
     pub fn advance(&self, result: StepResult) -> Result<Option<Step>, DeviceError> {
-        let task = lock(&self.task).take();
+        let task = lock(&self.place).task.take();
         match (&self.device.unit, task) {
-            (Some(unit), Some(task)) => self.go_on(unit.resume(task, &self.data, result)),
+            (Some(unit), Some(task)) => self.go_on(unit.resume(task, self.emulated_buffer(unit), result)),
             _ => Ok(None),
+        }
+    }
+
+    /// The buffer for the way that the command's data goes. The fabric may announce both ways for any command; of those
+    /// that are emulated none uses both.
+    fn emulated_buffer(&self, unit: &LogicalUnit) -> &Buffer {
+        match &self.bidi_in {
+            Some(data_in)
+                if find(&self.cdb, unit).is_ok_and(|command| command.direction() == Direction::In) =>
+            {
+                data_in
+            }
+            _ => &self.data,
         }
     }
 
@@ -365,13 +495,12 @@ impl Claim {
         match next {
             Next::Done(reply) => self.answer(reply).map(|_| None),
             Next::Early(step, task) => {
-                // The task goes on without the initiator: what holds it is the step that is handed out.
-                self.answer(Reply::good(0))?;
-                *lock(&self.task) = Some(task);
+                self.send(Reply::good(0))?;
+                lock(&self.place).task = Some(task);
                 Ok(Some(step))
             }
             Next::Call(step, task) => {
-                *lock(&self.task) = Some(task);
+                lock(&self.place).task = Some(task);
                 // It stays so: the flush after a write has no data of its own.
                 if step.verb == Verb::Write {
                     self.data_out.store(true, Ordering::Relaxed);
@@ -418,8 +547,12 @@ impl Claim {
     /// # Errors
     /// [`DeviceError::Ring`] when the ring is dead: the answer goes nowhere then, and the device is over.
     pub fn answer(&self, reply: Reply) -> Result<Answered, DeviceError> {
-        // What is left to do is not done any more: dropping it tells the unit.
-        drop(lock(&self.task).take());
+        // Before the answer: once it is on its way, the id may be another command's.
+        self.finish();
+        self.send(reply)
+    }
+
+    fn send(&self, reply: Reply) -> Result<Answered, DeviceError> {
         if self.answered.swap(true, Ordering::AcqRel) {
             return Ok(Answered::Already);
         }
@@ -468,6 +601,8 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
+        // One that went on behind its answer has its range still.
+        self.finish();
         if !self.is_answered() && self.answer(Reply::check(Sense::ABORTED_COMMAND)).is_ok() {
             let _ = self.device.commit();
         }

@@ -5,6 +5,7 @@
 
 pub mod abi;
 pub mod device;
+mod exclusion;
 pub mod mapping;
 pub mod netlink;
 pub mod ring;

@@ -220,6 +220,20 @@ fn fragmented_data_is_one_buffer() {
     assert_eq!(part, whole[3000..8000]);
 }
 
+/// Found by fuzzing: a command could expire again and again, and told the initiator each time.
+#[test]
+fn a_command_expires_once() {
+    let (mut kernel, mut ring) = pair(small());
+    let ticket = kernel.submit(read(512));
+    let command = fetch_command(&mut ring);
+    kernel.expire(ticket);
+    kernel.expire(ticket);
+    assert_eq!(kernel.process().len(), 1);
+    ring.complete(command.id, good(None)).unwrap();
+    assert!(answer(&mut kernel, &mut ring).is_empty(), "the late answer only frees the entry");
+    assert_eq!((kernel.outstanding(), kernel.violations()), (0, &[] as &[String]));
+}
+
 #[test]
 fn task_management_names_commands_and_needs_no_answer() {
     let (mut kernel, mut ring) = pair(small());

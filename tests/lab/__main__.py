@@ -28,7 +28,7 @@ examples:
   python -m tests.lab run 'uname -a; lsmod'       a command in the guest, in the checkout's directory
   python -m tests.lab run 'python -m pytest tests/guest -k discard'
   python -m tests.lab run --disk image.raw 'mkfs.ext4 /dev/vda && sync'
-  python -m tests.lab run --dmesg 'modprobe scsi_debug; sleep 1; lsscsi'
+  python -m tests.lab run --dmesg 'modprobe scsi_debug; sleep 1; lsblk -S'
   python -m tests.lab script bench/kernel.sh      the same with a file
 
 The exit status of `run` and `script` is the job's; 124 if it timed out, 125 if the lab failed or the kernel

@@ -13,30 +13,38 @@ with the kernel's last words in its report, and those behind it go on in a new m
 takes longer than ``lab_test_timeout`` (an ini option in seconds) or than its mark says:
 ``@pytest.mark.guest(timeout=900)``.
 
+A guest test fails too if the kernel logs a fault of its own meanwhile, such as a warning or a hung task,
+unless it is marked ``@pytest.mark.guest(kernel_faults=True)``. With ``-s`` the output of the pytest in
+the guest is shown as it comes.
+
 All these tests carry the mark ``lab``. Where the lab lacks something they are skipped, and fail if
 ``CI=true``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from .errors import LabError, MissingError
-from .machine import DEFAULT_TIMEOUT, SHARED, Machine, Result
+from .machine import DEFAULT_TIMEOUT, KERNEL_FAULT, SHARED, Machine, Result
 from .provision import Provision, provide
 
 _SELECTED = "selected"
 _REPORTS = "reports"
 _POLL_SECONDS = 0.05
+
+# A minute more than the common `faulthandler_timeout`, whose stacks shall be in the report.
+_TIME_LIMIT = "360"
 
 # To boot, and to collect the tests: Python starts slowly under emulation.
 _FIRST_NEWS_SECONDS = 300.0
@@ -106,13 +114,17 @@ def require() -> Provision:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the time limit of guest tests."""
-    parser.addini("lab_test_timeout", "seconds that a test in the guest may take", default="300")
+    parser.addini("lab_test_timeout", "seconds that a test in the guest may take", default=_TIME_LIMIT)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks, and take on the part that belongs to this side of the guest's border."""
     config.addinivalue_line("markers", "lab: needs a real kernel, which boots in QEMU")
-    config.addinivalue_line("markers", "guest(timeout=None): runs inside the guest; all of tests/guest does")
+    config.addinivalue_line(
+        "markers",
+        "guest(timeout=None, kernel_faults=False): runs inside the guest, as all of tests/guest does; "
+        "fails after `timeout` seconds, and if the kernel logs a fault of its own, unless that is expected",
+    )
     if not in_guest():
         config.pluginmanager.register(_Host(config), "lab-host")
     elif (shared := Path(SHARED, _SELECTED)).exists():
@@ -210,6 +222,7 @@ class _Batch:
         self._machine = Machine(
             _inner_pytest(config, items),
             timeout=_NO_TIMEOUT,
+            on_output=_show if config.option.capture == "no" else None,
             directory=config.rootpath,
             provision=provision,
         )
@@ -292,10 +305,21 @@ class _Guest:
         self._config = config
         self._selected = selected
         self._file = Path(SHARED, _REPORTS).open("a")  # noqa: SIM115 - open until pytest ends
+        self._kernel_log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+        os.lseek(self._kernel_log, 0, os.SEEK_END)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if item.nodeid in self._selected]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, None, None]:
+        """Fail a test at whose time the kernel found a fault in itself."""
+        yield
+        faults = [line for line in self._new_kernel_lines() if KERNEL_FAULT.search(line)]
+        mark = item.get_closest_marker("guest")
+        if faults and not (mark and mark.kwargs.get("kernel_faults")):
+            pytest.fail("the kernel reported faults of its own:\n" + "\n".join(faults), pytrace=False)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._tell(nodeid, started=True)
@@ -309,6 +333,17 @@ class _Guest:
 
     def pytest_unconfigure(self) -> None:
         self._file.close()
+        os.close(self._kernel_log)
+
+    def _new_kernel_lines(self) -> Iterator[str]:
+        while True:
+            # A broken pipe means that the kernel has overwritten what was next: reading goes on behind that.
+            with contextlib.suppress(BrokenPipeError):
+                try:
+                    record = os.read(self._kernel_log, 8192)
+                except BlockingIOError:
+                    return
+                yield record.decode(errors="replace").partition(";")[2].partition("\n")[0]
 
     def _tell(self, nodeid: str, **news: object) -> None:
         # What is no JSON can only be a value that a test has added by record_property: its repr will do.
@@ -326,11 +361,18 @@ def _inner_pytest(config: pytest.Config, items: Sequence[pytest.Item]) -> str:
         command += ["-p", plugin]
     for setting in config.option.override_ini or ():
         command += ["-o", setting]
+    if config.option.capture == "no":
+        command.append("--capture=no")
     if config.option.showlocals:
         command.append("--showlocals")
     if config.inipath is not None:
         command += ["-c", str(config.inipath)]
     return f"exec {shlex.join([*command, *files])}"
+
+
+def _show(output: bytes) -> None:
+    sys.stdout.buffer.write(output)
+    sys.stdout.flush()
 
 
 def _time_limit(item: pytest.Item) -> float:

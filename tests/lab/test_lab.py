@@ -202,6 +202,15 @@ def broken():
 def test_teardown(broken):
     pass
 
+KERNEL_WARNING = "WARNING: CPU: 0 PID: 1 at nowhere\\n"
+
+def test_warned_by_the_kernel():
+    Path("/dev/kmsg").write_text(KERNEL_WARNING)
+
+@pytest.mark.guest(kernel_faults=True)
+def test_warned_as_expected():
+    Path("/dev/kmsg").write_text(KERNEL_WARNING)
+
 def test_kills_the_machine():
     Path("/proc/sysrq-trigger").write_text("c")
     time.sleep(1000)
@@ -259,13 +268,14 @@ def test_what_guest_tests_do_is_reported_as_if_they_ran_here(tmp_path: Path) -> 
     assert "E       AssertionError: assert 'here' == 'there'" in lines
     assert "seen before the failure" in lines
     assert "E       RuntimeError: teardown broke" in lines
+    assert "the kernel reported faults of its own:" in lines
     assert outcome("test_kills_the_machine") == "FAILED"
     assert "sysrq triggered crash" in done.stdout
     assert outcome("test_goes_on_after_a_panic") == "PASSED"
     assert outcome("test_hangs") == "FAILED"
     assert "nothing happened for 2 s" in done.stdout
     assert outcome("test_goes_on_after_a_hang") == "PASSED"
-    assert "3 failed, 7 passed, 1 skipped, 1 deselected, 1 xfailed, 1 error" in lines[-1]
+    assert "3 failed, 9 passed, 1 skipped, 1 deselected, 1 xfailed, 2 errors" in lines[-1]
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("", "2 skipped"), ("true", "2 errors")])

@@ -11,13 +11,14 @@ use std::sync::Arc;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use tcmu::device::{Answered, Claim, Device, Work};
+use tcmu::device::{Answered, Claim, Device, Started, Work};
 use tcmu::mapping::Mapping;
 use tcmu::ring::Buffer;
 use tcmu::ring::sim::{Completion, Config, Kernel, Request, Ticket};
+use tcmu::scsi::opcodes::{Direction, find};
 use tcmu::scsi::sense::Sense;
 use tcmu::scsi::{
-    Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Reply, Status, Step, StepBuffer, Verb,
+    Capabilities, DataBuffer, Geometry, Identity, LogicalUnit, Reply, Status, Step, StepBuffer, StepResult, Verb,
 };
 
 const BLOCK: usize = 512;
@@ -135,7 +136,9 @@ fn unit(capabilities: [bool; 6]) -> LogicalUnit {
     let naa = [0x60, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
     let identity = Identity::new("TCMU-RS", "Fuzzed disk", "0.1", "serial", naa).unwrap();
     let [write, flush, native_fua, discard, discard_zeroes, write_zeroes] = capabilities;
-    let capabilities = Capabilities { write, flush, native_fua, discard, discard_zeroes, write_zeroes };
+    let extents = false;
+    let capabilities =
+        Capabilities { write, flush, native_fua, discard, discard_zeroes, write_zeroes, extents };
     LogicalUnit::new(identity, Geometry::new(BLOCK as u32, (BLOCK * BLOCKS) as u64), capabilities).unwrap()
 }
 
@@ -194,7 +197,15 @@ impl World {
         }
     }
 
-    fn submit(&mut self, request: Request, transfer: Option<(bool, usize, usize)>) {
+    fn submit(&mut self, mut request: Request, transfer: Option<(bool, usize, usize)>) {
+        // An initiator that announces Data-In for a command with Data-Out is handed what the memory held: an entry
+        // does not tell the direction.
+        if let Some(unit) = self.device.unit()
+            && request.data_out.is_empty()
+            && find(&request.cdb, unit).is_ok_and(|row| row.direction() == Direction::Out)
+        {
+            request.data_out = vec![0; std::mem::take(&mut request.data_in)];
+        }
         let ticket = self.kernel.submit(request.clone());
         self.sent.insert(ticket, Sent { request, transfer, ..Sent::default() });
     }
@@ -239,7 +250,10 @@ impl World {
                     && self.running[index].step.is_none()
                 {
                     let claim = self.running[index].claim.clone();
-                    let step = claim.start();
+                    let step = claim.start().map(|started| match started {
+                        Started::Step(step) => Some(step),
+                        Started::Waiting | Started::Answered => None,
+                    });
                     self.go_on(index, &claim, step.map_err(drop));
                 }
             }
@@ -333,6 +347,9 @@ impl World {
         assert!(unit.capabilities().write || matches!(step.verb, Verb::Read | Verb::Flush), "{step:?}");
         match &step.buffer {
             StepBuffer::None | StepBuffer::Scratch => {}
+            StepBuffer::Command(at) if step.verb == Verb::Read => {
+                assert!(at + length <= claim.data_in().len(), "{step:?}");
+            }
             StepBuffer::Command(at) => assert!(at + length <= claim.data().len(), "{step:?}"),
             StepBuffer::Owned(bytes) => assert_eq!(bytes.len(), length),
         }
@@ -353,12 +370,12 @@ impl World {
         let claim = self.running[index].claim.clone();
         let Some(step) = self.running[index].step.take() else { return };
         let range = step.offset.0 as usize..(step.offset.0 + step.length) as usize;
-        let mut scratch = None;
+        let mut scratch = StepResult::None;
         match (step.verb, step.buffer) {
             (Verb::Flush, _) => {}
             (Verb::Read, StepBuffer::Command(at)) => {
                 let bytes = self.disk[range].to_vec();
-                claim.data().write(at, &bytes);
+                claim.data_in().write(at, &bytes);
                 claim.set_filled();
                 if let Some(ticket) = self.kernel.ticket(claim.id().0)
                     && let Some(sent) = self.sent.get_mut(&ticket)
@@ -366,7 +383,7 @@ impl World {
                     sent.read = Some(bytes);
                 }
             }
-            (Verb::Read, _) => scratch = Some(self.disk[range].to_vec()),
+            (Verb::Read, _) => scratch = StepResult::Bytes(self.disk[range].to_vec()),
             (Verb::Write, StepBuffer::Owned(bytes)) => self.disk[range].copy_from_slice(&bytes),
             (Verb::Write, StepBuffer::Command(at)) => {
                 claim.data().read(at, &mut self.disk[range.clone()]);
@@ -455,7 +472,6 @@ impl World {
         assert_eq!(completion.sense.is_empty(), completion.status != 2);
         if completion.status == 0
             && let Some(read) = &sent.read
-            && sent.request.data_out.is_empty()
         {
             let (data, rest) = completion.data_in.split_at(read.len());
             assert_eq!(data, read);

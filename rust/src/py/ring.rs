@@ -10,7 +10,7 @@ use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
 
 use super::iovec::IoVec;
 use super::unit::LogicalUnit;
-use crate::device::{Answered, Claim, Device, DeviceError, Work};
+use crate::device::{Answered, Claim, Device, DeviceError, Started, Work};
 use crate::mapping::Mapping;
 use crate::scsi::sense::{Sense, SenseKey};
 use crate::scsi::{BlockState, DataBuffer, MediumExtent, Reply, Status, Step, StepBuffer, StepResult, Verb};
@@ -73,7 +73,11 @@ impl Ring {
     /// Takes up to `limit` entries: answers what needs no handler, returns the rest.
     fn drain<'py>(&self, py: Python<'py>, limit: usize) -> PyResult<Bound<'py, PyList>> {
         let list = PyList::empty(py);
-        for work in self.device.drain(limit, self.intercept)? {
+        let work = self.device.drain(limit, self.intercept)?;
+        for (claim, step) in self.device.take_ready()? {
+            list.append(self.command(py, claim, Some(step))?)?;
+        }
+        for work in work {
             match work {
                 Work::Step(claim, step) => list.append(self.command(py, claim, Some(step))?)?,
                 Work::Command(claim) => list.append(self.command(py, claim, None)?)?,
@@ -91,10 +95,21 @@ impl Ring {
         Ok(self.device.pending()?)
     }
 
-    /// Hands back what was answered, with one doorbell.
-    fn commit(&self, py: Python<'_>) -> PyResult<()> {
+    /// Hands back what was answered, with one doorbell. True: commands that had to wait for others can begin, see
+    /// `ready`.
+    fn commit(&self, py: Python<'_>) -> PyResult<bool> {
         // The kernel copies the Data-In of the whole batch inside the doorbell's write().
-        Ok(py.detach(|| self.device.commit())?)
+        py.detach(|| self.device.commit())?;
+        Ok(self.device.has_ready())
+    }
+
+    /// The commands that had to wait for others and can begin.
+    fn ready<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let list = PyList::empty(py);
+        for (claim, step) in self.device.take_ready()? {
+            list.append(self.command(py, claim, Some(step))?)?;
+        }
+        Ok(list)
     }
 
     /// Commands that are not answered.
@@ -264,9 +279,13 @@ impl Command {
         IoVec::of_command(self.claim.clone(), true, 0, self.claim.data_in().len())
     }
 
-    /// Lets the emulation look at an intercepted command. True: there is a step.
+    /// Lets the emulation look at an intercepted command. True: there is a step. False: it is answered, or has to wait for
+    /// others, and comes out of the ring again when it can begin.
     fn emulate(&self) -> PyResult<bool> {
-        Ok(self.set(self.claim.start()?))
+        Ok(self.set(match self.claim.start()? {
+            Started::Step(step) => Some(step),
+            Started::Waiting | Started::Answered => None,
+        }))
     }
 
     /// The step succeeded. True: there is another one, even if the command is answered by now (IMMED); False: there is

@@ -323,8 +323,10 @@ impl Kernel {
 
     /// The command's time is over: the initiator is told, the entry stays (`tcmu_check_expired_ring_cmd`).
     pub fn expire(&mut self, ticket: Ticket) {
-        if let Some(command) =
-            self.commands.values_mut().find(|command| command.ticket == ticket && !command.kept)
+        if let Some(command) = self
+            .commands
+            .values_mut()
+            .find(|command| command.ticket == ticket && !command.kept && !command.expired)
         {
             command.expired = true;
             let room = if command.reads { command.data.len() } else { 0 };

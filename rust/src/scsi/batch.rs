@@ -2,7 +2,7 @@
 
 use super::job::Running;
 use super::task::{Stage, Task};
-use super::{ByteOffset, LogicalUnit, Next, Reply, Sense, Step, StepBuffer, Verb};
+use super::{ByteOffset, LogicalUnit, Next, Reach, Reply, Sense, Step, StepBuffer, Verb};
 
 /// How much data the emulation makes at once.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -41,6 +41,7 @@ pub(super) struct Batch {
     pieces: Vec<Piece>,
     /// The block that [`Verb::Write`] repeats; empty stands for zeroes.
     pattern: Vec<u8>,
+    block_size: u64,
     progress: Option<Progress>,
 }
 
@@ -48,7 +49,8 @@ impl Batch {
     /// Begins the work; `pieces` are in order and not empty.
     pub(super) fn start(lu: &LogicalUnit, mut pieces: Vec<Piece>, pattern: Vec<u8>) -> Next {
         pieces.reverse();
-        Box::new(Self { pieces, pattern, progress: None }).advance(lu)
+        let block_size = lu.geometry().block_size.into();
+        Box::new(Self { pieces, pattern, block_size, progress: None }).advance(lu)
     }
 
     /// Begins an operation on the whole medium; if `immediate`, the command is answered before it.
@@ -62,10 +64,23 @@ impl Batch {
         pieces.reverse();
         let total = pieces.iter().map(|piece| piece.end - piece.first).sum();
         let progress = Some(Progress { running, done: 0, total, flushed: false });
-        match Box::new(Self { pieces, pattern, progress }).advance(lu) {
+        let block_size = lu.geometry().block_size.into();
+        match Box::new(Self { pieces, pattern, block_size, progress }).advance(lu) {
             Next::Call(step, task) if immediate => Next::Early(step, task),
             next => next,
         }
+    }
+
+    /// What is touched: by an operation on the whole medium also what the medium grows by; otherwise everything from the
+    /// first to the last byte, of which `start..end` is the first step's.
+    pub(super) fn reach(&self, start: u64, end: u64) -> Reach {
+        if self.progress.is_some() {
+            return Reach::exclusive(0, u64::MAX);
+        }
+        let hull = self.pieces.iter().fold((start, end), |(start, end), piece| {
+            (start.min(piece.first * self.block_size), end.max(piece.end * self.block_size))
+        });
+        Reach::shared(hull.0, hull.1)
     }
 
     /// The next step.

@@ -227,6 +227,43 @@ impl Reply {
     }
 }
 
+/// What a command touches from its first step to its last, in bytes: all that it reads, writes or discards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reach {
+    /// The first byte.
+    pub first: u64,
+    /// The byte behind the last one.
+    pub end: u64,
+    /// No other command may touch any of it meanwhile.
+    pub exclusive: bool,
+}
+
+impl Reach {
+    const NOTHING: Self = Self { first: 0, end: 0, exclusive: false };
+
+    const fn shared(first: u64, end: u64) -> Self {
+        Self { first, end, exclusive: false }
+    }
+
+    const fn exclusive(first: u64, end: u64) -> Self {
+        Self { first, end, exclusive: true }
+    }
+
+    /// Whether there is nothing in it.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.first >= self.end
+    }
+
+    /// Whether the two must not run at the same time.
+    #[must_use]
+    pub const fn excludes(&self, other: &Self) -> bool {
+        let first = if self.first > other.first { self.first } else { other.first };
+        let end = if self.end < other.end { self.end } else { other.end };
+        (self.exclusive || other.exclusive) && first < end
+    }
+}
+
 /// What happens next to a command.
 #[derive(Debug)]
 pub enum Next {

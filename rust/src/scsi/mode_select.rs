@@ -95,11 +95,7 @@ fn block_descriptor(lu: &LogicalUnit, header: &Header, list: &[u8]) -> Result<Op
 type Change<'a> = (&'static Page, &'a [u8]);
 
 /// The pages from `at` on, all of them valid: what cannot be changed is as it is. `None` if one is cut off.
-fn changes<'a>(
-    lu: &LogicalUnit,
-    list: &'a [u8],
-    mut at: usize,
-) -> Result<Option<Vec<Change<'a>>>, Sense> {
+fn changes<'a>(lu: &LogicalUnit, list: &'a [u8], mut at: usize) -> Result<Option<Vec<Change<'a>>>, Sense> {
     const SPF: u8 = 0x40;
     let mut changes = Vec::new();
     while at < list.len() {

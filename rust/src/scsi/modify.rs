@@ -5,7 +5,9 @@ use super::opcodes::Outcome;
 use super::task::{Stage, Task};
 use super::transfer::{Durability, Extent, Transfer, check_protection, force_unit_access};
 use super::verify::{CHUNK_BYTES, difference};
-use super::{ByteOffset, DataBuffer, LogicalUnit, Next, Reply, Sense, Step, StepBuffer, StepResult, Verb};
+use super::{
+    ByteOffset, DataBuffer, LogicalUnit, Next, Reach, Reply, Sense, Step, StepBuffer, StepResult, Verb,
+};
 
 /// A COMPARE AND WRITE whose blocks are being read.
 #[derive(Debug)]
@@ -73,6 +75,10 @@ pub(super) fn orwrite(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataBuffer) -
 }
 
 impl OrWrite {
+    pub(super) const fn reach(&self) -> Reach {
+        Reach::exclusive(self.start, self.end)
+    }
+
     /// With bytes: they were read, and are written now. Without: they are written, and the next ones are read.
     pub(super) fn advance(
         mut self: Box<Self>,

@@ -4,7 +4,7 @@ use super::batch::Batch;
 use super::lba_status::LbaStatus;
 use super::modify::{Compare, OrWrite};
 use super::verify::Verify;
-use super::{ByteOffset, DataBuffer, LogicalUnit, Next, Reply, Step, StepBuffer, StepResult, Verb};
+use super::{ByteOffset, DataBuffer, LogicalUnit, Next, Reach, Reply, Step, StepBuffer, StepResult, Verb};
 
 /// Where a command is between two steps. Made by [`LogicalUnit::start`], given back to [`LogicalUnit::resume`] when
 /// the step has succeeded; after a failed step it is dropped, and the command ends with the handler's error.
@@ -27,6 +27,8 @@ pub(super) enum Stage {
     Verify(Box<Verify>),
     /// The data is written and must get to the medium, where it is verified.
     FlushAndVerify(Box<Verify>),
+    /// The data of a WRITE ATOMIC is written, and must become durable if so asked.
+    Atomic { flush: bool },
     /// The blocks of a COMPARE AND WRITE were read.
     Compare(Box<Compare>),
     /// Some blocks of an ORWRITE were read, or written.
@@ -35,6 +37,23 @@ pub(super) enum Stage {
     LbaStatus(Box<LbaStatus>),
     /// The cache is flushed, now the unit stops, and ejects its medium if so asked.
     Stop { eject: bool },
+}
+
+impl Task {
+    /// What the whole command touches, known with its first step.
+    #[must_use]
+    pub fn reach(&self, first: &Step) -> Reach {
+        let (start, end) = (first.offset.0, first.offset.0 + first.length);
+        match &self.0 {
+            Stage::Finish { .. } | Stage::Flush => Reach::shared(start, end),
+            Stage::Read { offset, length } => Reach::shared(offset.0, offset.0 + *length as u64),
+            Stage::Batch(batch) => batch.reach(start, end),
+            Stage::Verify(verify) | Stage::FlushAndVerify(verify) => verify.reach(),
+            Stage::Atomic { .. } | Stage::Compare(_) => Reach::exclusive(start, end),
+            Stage::OrWrite(orwrite) => orwrite.reach(),
+            Stage::LbaStatus(_) | Stage::Stop { .. } => Reach::NOTHING,
+        }
+    }
 }
 
 impl Step {
@@ -73,6 +92,8 @@ impl LogicalUnit {
             Stage::Batch(batch) => batch.advance(self),
             Stage::Verify(verify) => verify.advance(self, buffer, result),
             Stage::FlushAndVerify(verify) => Next::Call(Step::FLUSH, Task(Stage::Verify(verify))),
+            Stage::Atomic { flush: true } => Next::flush(),
+            Stage::Atomic { flush: false } => Next::Done(Reply::good(0)),
             Stage::Compare(compare) => compare.advance(buffer, result),
             Stage::OrWrite(orwrite) => orwrite.advance(self, buffer, result),
             Stage::LbaStatus(status) => status.advance(self, buffer, result),

@@ -192,7 +192,12 @@ pub(super) fn write_atomic(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataBuff
     if length == 0 {
         return Ok(Next::Done(Reply::good(0)));
     }
-    Ok(lu.durability(force_unit_access).write(offset, length as u64, StepBuffer::Command(0)))
+    lu.count_write(length);
+    let durability = lu.durability(force_unit_access);
+    let (length, fua) = (length as u64, durability == Durability::Native);
+    let stage = Stage::Atomic { flush: durability == Durability::Flush };
+    let buffer = StepBuffer::Command(0);
+    Ok(Next::Call(Step { verb: Verb::Write, offset, length, buffer, fua }, Task(stage)))
 }
 
 /// PRE-FETCH(10), (16). GOOD, and not CONDITION MET, which would say that the blocks are in the cache now: what is

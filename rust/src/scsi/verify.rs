@@ -4,7 +4,7 @@ use super::cdb::{Cdb, invalid_field};
 use super::opcodes::Outcome;
 use super::task::{Stage, Task};
 use super::transfer::{Extent, Transfer, check_protection, flags_byte};
-use super::{DataBuffer, LogicalUnit, Next, Reply, Sense, Step, StepBuffer, StepResult, Verb};
+use super::{DataBuffer, LogicalUnit, Next, Reach, Reply, Sense, Step, StepBuffer, StepResult, Verb};
 
 /// How much is read at once.
 pub(super) const CHUNK_BYTES: u64 = 1 << 20;
@@ -92,6 +92,10 @@ pub(super) fn write_and_verify<const N: usize>(
 }
 
 impl Verify {
+    pub(super) const fn reach(&self) -> Reach {
+        Reach::shared(self.start, self.end)
+    }
+
     /// Compares what was read, if something was, and reads on.
     pub(super) fn advance(
         mut self: Box<Self>,

@@ -1,16 +1,4 @@
-"""Test a handler in milliseconds: no root, no kernel module, no sleeping.
-
-```python
-async with tcmu_rs.testing.simulated(MyHandler()) as disk:
-    await disk.write(4096, b"x" * 4096)
-    assert await disk.read(4096, 4096) == b"x" * 4096
-    reply = await disk.scsi(bytes([0x12, 0, 0, 0, 96, 0]), data_in=96)
-```
-
-The simulator plays the kernel's side of the ring in a memory file; from the ring up everything is the code that
-serves real devices. It fills Data-In with a pattern first and overwrites the data area after each answer, and fails
-the test when a byte was never written, a command was answered twice, or the ring was handled against the rules.
-"""
+"""The simulated kernel with an initiator on it."""
 
 from __future__ import annotations
 
@@ -23,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from . import _errors, _native
-from ._runtime import GRACE, Device, serve_ring
+from .. import _errors, _native
+from .._runtime import GRACE, Device, serve_ring
 
 if TYPE_CHECKING:
-    from ._handler import Handler
+    from .._handler import Handler
 
 CAP_OOOC = 1
 """The mailbox offers completion out of order."""
@@ -92,7 +80,6 @@ class SimulatedDisk:
         self.device: Device
         self._waiting: dict[int, trio.Event] = {}
         self._replies: dict[int, Reply] = {}
-        self._stopped: BaseException | None = None
 
     @property
     def size(self) -> int:
@@ -126,6 +113,11 @@ class SimulatedDisk:
         await self._waiting[ticket].wait()
         del self._waiting[ticket]
         return self._replies.pop(ticket)
+
+    def answered(self, ticket: int) -> bool:
+        """Whether the answer to a command is there, for `wait` to return at once."""
+        self._collect()
+        return ticket in self._replies
 
     def abort(self, *tickets: int, kind: int = ABORT_TASK) -> None:
         """Announces that commands are being aborted; they have to be answered all the same."""
@@ -261,14 +253,20 @@ async def simulated(
                 task_status=task_status,
             )
 
-    async with trio.open_nursery() as nursery:
-        disk.device = await nursery.start(serve)
-        async with trio.open_nursery() as listener:
-            listener.start_soon(disk._listen)
-            yield disk
+    # The initiator listens as long as the device lives: it gets the answers that the end of the device gives.
+    async with trio.open_nursery() as listener:
+        listener.start_soon(disk._listen)
+        async with trio.open_nursery() as nursery:
+            disk.device = await nursery.start(serve)
+            try:
+                yield disk
+            except Exception:
+                # A test that has failed is not to take ten seconds more.
+                disk.device.shorten_grace()
+                raise
             disk.device.stop()
-            listener.cancel_scope.cancel()
-    kernel.process()
+        disk._collect()
+        listener.cancel_scope.cancel()
     assert not kernel.violations, f"the ring was handled against the rules: {kernel.violations}"
     assert not kernel.broken, "the ring is broken"
     assert kernel.outstanding == 0, f"{kernel.outstanding} commands were never answered"
