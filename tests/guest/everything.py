@@ -16,6 +16,7 @@ import tcmu_rs
 from tcmu_rs._attach import AttachedDevice, attach
 from tcmu_rs.handlers.ram import RamHandler
 
+
 class Everything(RamHandler):
     """A disk with every optional feature: write cache, thin provisioning, extents, atomic writes, a medium to eject."""
 
@@ -106,6 +107,7 @@ class KernelLog:
 
 
 _COMPLAINT = re.compile(
-    r"BUG|WARNING|Oops|error|fail|blocked for|stall|abort|reset|time[d ]?out|rejecting|unsupported|illegal|tcmu|TARGET_CORE",
+    r"BUG|WARNING|Oops|error|fail|blocked for|stall|abort|reset|time[d ]?out|rejecting|unsupported|illegal"
+    r"|tcmu|TARGET_CORE",
     re.IGNORECASE,
 )

@@ -104,7 +104,9 @@ def _run_one(url: str, what: str, names: list[str], options: Sequence[str], limi
     lines: list[str] = []
     name = suite = ""
     begun = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+    ) as process:
         for line in _lines(process, limit):
             if match := _SUITE.match(line):
                 suite = match["name"]

@@ -16,6 +16,9 @@ _SENSE_BYTES = 96
 
 GOOD, CHECK_CONDITION = 0x00, 0x02
 
+CONTROL_PAGE = bytes([0x0A, 10, 0x02, 0x10, 0, 0x40, 0, 0, 0xFF, 0xFF, 0, 0])
+"""The control mode page of an emulated disk with its defaults."""
+
 Triple = tuple[int, int, int]
 
 
@@ -153,6 +156,4 @@ def opened(path: str) -> Iterator[Unit]:
 
 def cdb(*parts: int | tuple[int, int]) -> bytes:
     """Builds a CDB from bytes and from pairs of a value and its number of bytes."""
-    return b"".join(
-        bytes([part]) if isinstance(part, int) else part[0].to_bytes(part[1], "big") for part in parts
-    )
+    return b"".join(bytes([part]) if isinstance(part, int) else part[0].to_bytes(part[1], "big") for part in parts)

@@ -16,6 +16,8 @@ from .everything import Everything, KernelLog, served
 
 SIZE = 16 << 20
 BLOCK = 512
+RESERVATIONS = (0x16, 0x17, 0x56, 0x57, 0x5E, 0x5F)
+"""Commands that the kernel answers: a random one would lock this initiator out."""
 MISCOMPARE = 14
 """What sg3_utils exit with when the sense key says so."""
 
@@ -65,15 +67,16 @@ def read(disk: str, lba: int, blocks: int = 1) -> bytes:
 
 def test_every_listed_command_is_there(disk: str) -> None:
     listed = run("sg_opcodes", "--rctd", disk)
-    assert {"COMPARE AND WRITE", "Write same(16)", "Unmap", "Mode select(10)"} <= {
-        name for name in re.findall(r"^ \w\w(?: +[0-9a-f,]+)? +\d+ +(.+?)$", listed, re.MULTILINE)
-    } or "Unmap" in listed
+    for name in ("Compare and write", "Write same(16)", "Unmap", "Mode select(10)", "Sanitize", "Get LBA status"):
+        assert name.lower() in listed.lower()
 
 
 @pytest.mark.parametrize("program", ["sg_vpd", "sg_modes", "sg_logs"])
 def test_all_pages_are_understood(disk: str, program: str) -> None:
     said = run(program, "-a", disk)
-    assert not re.search(r"malformed|truncated|too short|unexpected|bad field|not supported|failed", said, re.IGNORECASE)
+    assert not re.search(
+        r"malformed|truncated|too short|unexpected|bad field|not supported|failed", said, re.IGNORECASE
+    )
 
 
 def test_the_write_cache_is_switched(disk: str) -> None:
@@ -262,11 +265,10 @@ def test_a_thousand_random_commands(disk: str, seed: int) -> None:
     slowest = (0.0, "")
     with sg.opened(disk) as unit:
         unit.settle()
-        # Reservations are the kernel's: a random one would lock this initiator out.
-        rows = [usage for usage in usages(unit) if usage[0] not in (0x16, 0x17, 0x56, 0x57, 0x5E, 0x5F)]
+        rows = [usage for usage in usages(unit) if usage[0] not in RESERVATIONS]
         for number in range(1000):
             cdb = random_cdb(chance, rows)
-            while cdb[0] in (0x16, 0x17, 0x56, 0x57, 0x5E, 0x5F):
+            while cdb[0] in RESERVATIONS:
                 cdb = random_cdb(chance, rows)
             room = chance.choice([0, 1, 8, 255, 512, 4096, 65536])
             started = time.monotonic()
@@ -283,7 +285,7 @@ def test_a_thousand_random_commands(disk: str, seed: int) -> None:
         wait_until_ready(unit, 120)
         assert unit.good(sg.cdb(0x25, *bytes(9)), data_in=8) == (SIZE // BLOCK - 1).to_bytes(4, "big") + b"\0\0\2\0"
         # Mode pages back to their defaults, for the tests that follow.
-        unit.good(sg.cdb(0x15, 0x10, 0, 0, 16, 0), data_out=bytes(4) + bytes([0x0A, 10, 2, 0x10, 0, 0x40, 0, 0, 255, 255, 0, 0]))
+        unit.good(sg.cdb(0x15, 0x10, 0, 0, 16, 0), data_out=bytes(4) + sg.CONTROL_PAGE)
     print(seen, slowest)
     assert wrong == []
     assert slowest[0] < 60
