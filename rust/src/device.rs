@@ -378,8 +378,8 @@ pub struct Claim {
     /// Every byte of the Data-In was written, by somebody who means it or by a zeroing.
     filled: AtomicBool,
     /// The main buffer is known to hold Data-Out: zeroing it would cost every write a pass over the memory. Known by
-    /// the CDB, for an entry does not tell: an initiator that announces Data-In for a WRITE is handed what the memory
-    /// held, which is data of this device.
+    /// the CDB, for an entry does not tell: an initiator that announces Data-In for a WRITE has written what the memory
+    /// held, which is data of this device, and is handed one byte of it.
     data_out: AtomicBool,
     answered: AtomicBool,
     place: Mutex<Place>,
@@ -594,6 +594,10 @@ impl Claim {
             }
         } else if valid > 0 && reply.status == Status::CheckCondition && self.device.reads_len {
             read_len = u32::try_from(valid).ok();
+        } else if !input && reply.status == Status::Good && self.device.reads_len {
+            // Data-Out has no such length and the kernel ignores it. Of a Data-In that the initiator announced all the
+            // same it copies no more than this; 0 would be ignored, too.
+            read_len = Some(1);
         }
         Response { status: reply.status as u8, sense, read_len, keep_buf: false }
     }
