@@ -27,7 +27,7 @@ source /run/lab/settings
 mkdir -p /lib/modules
 ln -sfn "$LAB_MODULES" "/lib/modules/$(uname -r)"
 # LIO keeps persistent reservations and ALUA states here, and complains about each change if it cannot.
-mkdir -p /etc/target /var/target/pr /var/target/alua
+mkdir -p /etc/target/pr /etc/target/alua /var/target/pr /var/target/alua
 modprobe -a configfs target_core_mod target_core_user tcm_loop sd_mod sg || die "cannot load the kernel modules"
 mount -t configfs configfs /sys/kernel/config || die "cannot mount configfs"
 ip link set lo up
