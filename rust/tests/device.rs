@@ -389,6 +389,17 @@ fn emulated_data_goes_its_own_way_in_a_bidirectional_command() {
     assert_eq!(done[2].data_in, vec![4; 1024]);
 }
 
+/// The kernel ignores the length for Data-Out, and takes 0 for none.
+#[test]
+fn an_initiator_that_reads_by_a_write_gets_one_byte() {
+    let (mut kernel, device) = device(ALL);
+    kernel.submit(Request { data_out: Vec::new(), data_in: 1024, ..write(2, 0) });
+    let (claim, _) = one_step(&device);
+    claim.advance(StepResult::None).unwrap();
+    device.commit().unwrap();
+    assert_eq!(kernel.process().remove(0).data_in.len(), 1);
+}
+
 /// The last step of a WRITE with FUA is a flush, which has no data: its answer zeroed the Data-Out, a pass over the
 /// memory for every such write.
 #[test]

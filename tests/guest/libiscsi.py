@@ -94,6 +94,8 @@ def run(url: str, tests: Sequence[str], *, options: Sequence[str] = (), limit: f
                 found |= _run_one(url, name, [name], options, limit)
             score.outcomes[name] = outcome = found.get(name) or Outcome("failed", limit, "it did not run")
             print(f"{outcome.verdict:8}{name} {outcome.seconds:.1f} s", flush=True)
+            if outcome.verdict == "failed":
+                print(outcome.output[-1000:], flush=True)
     score.seconds = time.monotonic() - started
     return score
 
@@ -113,13 +115,15 @@ def _run_one(url: str, what: str, names: list[str], options: Sequence[str], limi
                 continue
             if match := _TEST.match(line):
                 name = f"{what.partition('.')[0]}.{suite}.{match['name']}"
-                lines, begun = [], time.monotonic()
+                lines = []
                 line = match["rest"]
             lines.append(line)
             if name and (match := _END.search(line)):
                 said = "\n".join(lines)
                 verdict: Verdict = "failed" if match[1] == "FAILED" else "skipped" if "[SKIPPED]" in said else "passed"
+                # The line of a test comes with its end, so it began when the one before ended.
                 found[name] = Outcome(verdict, time.monotonic() - begun, said)
+                begun = time.monotonic()
             elif name in found:
                 found[name].output += f"\n{line}"
         process.kill()
