@@ -23,7 +23,7 @@ Verdict = Literal["passed", "skipped", "failed"]
 _PROGRAM = ("stdbuf", "-oL", "iscsi-test-cu")
 _SUITE = re.compile(r"^Suite: (?P<name>\S+)")
 _TEST = re.compile(r"^ *Test: (?P<name>\S+) \.\.\.(?P<rest>.*)")
-_END = re.compile(r"(passed|FAILED)$")
+_END = re.compile(r"(passed|FAILED)(?:$| +\[)")
 
 
 @dataclass

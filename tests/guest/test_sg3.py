@@ -74,9 +74,7 @@ def test_every_listed_command_is_there(disk: str) -> None:
 @pytest.mark.parametrize("program", ["sg_vpd", "sg_modes", "sg_logs"])
 def test_all_pages_are_understood(disk: str, program: str) -> None:
     said = run(program, "-a", disk)
-    assert not re.search(
-        r"malformed|truncated|too short|unexpected|bad field|failed", said, re.IGNORECASE
-    )
+    assert not re.search(r"malformed|truncated|too short|unexpected|bad field|failed", said, re.IGNORECASE)
 
 
 def test_the_write_cache_is_switched(disk: str) -> None:
