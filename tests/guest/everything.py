@@ -21,7 +21,7 @@ class Everything(RamHandler):
     """A disk with every optional feature: write cache, thin provisioning, extents, atomic writes, a medium to eject."""
 
     removable = True
-    max_atomic_write = 32 << 10
+    max_atomic_write = 1 << 20
 
     async def open(self) -> None:
         """Begins with an empty disk."""
