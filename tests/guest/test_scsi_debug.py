@@ -167,7 +167,39 @@ def cases() -> Iterator[Case]:
     yield Case("RELEASE(6)", sg.cdb(0x17, *bytes(5)))
 
 
-DIFFERENCES: dict[str, str] = {}
+DIFFERENCES = {
+    "INQUIRY, page code without EVPD": "SPC-4: a page code without EVPD is an invalid field; scsi_debug ignores it",
+    "VPD 00h": "other pages: scsi_debug has network addresses, SCSI ports, SATA data and no Block Limits Extension",
+    "VPD 80h": "another serial number",
+    "VPD 83h": "other names: scsi_debug names its target and ports, which are the fabric's here",
+    "VPD B7h": "scsi_debug has no Block Limits Extension page",
+    "MODE SENSE(6), page 3Fh": "scsi_debug has more pages: disconnect-reconnect, format device, SAS",
+    "MODE SENSE(10), page 3Fh": "the same",
+    "LOG SENSE, supported pages": "we have write errors, start-stop and statistics pages; scsi_debug exceptions",
+    "LOG SENSE, temperature": "scsi_debug has a reference temperature",
+    "RSOC, READ(10)": "scsi_debug says that it looks at protection, groups and reserved bits; we refuse those",
+    "RSOC, READ CAPACITY(16)": "scsi_debug says that it looks at the obsolete LBA and reserved bits; we refuse those",
+    "PRE-FETCH(10)": "CONDITION MET says that all blocks are cached; we do not know whether they are",
+    "READ(16), 64-bit overflow": "scsi_debug adds up in 64 bits and wraps around",
+    "VERIFY 2Fh, beyond the end": "without data to compare scsi_debug does not look at the range",
+    "VERIFY 8Fh, beyond the end": "the same",
+    "UNMAP, nothing": "SBC-4: a parameter list of no bytes is not an error; scsi_debug wants a header",
+    "UNMAP, ANCHOR": "SBC-4: ANCHOR without ANC_SUP is an invalid field; scsi_debug ignores it",
+    "reserved bit in a CDB": "only refused by scsi_debug with its option strict=1",
+    "NACA": "ACA is not supported by either: SAM-5 wants it refused; scsi_debug ignores it",
+    **{
+        f"READ {opcode}h, {what}": why
+        for opcode in ("28", "A8", "88")
+        for what, why in {
+            "no blocks at the end": "the block behind the last is no address of the medium, as libiscsi's suite wants it",
+            "RDPROTECT": "SBC-4: refused while no protection is formatted; scsi_debug ignores it with dix=0 dif=0",
+        }.items()
+    },
+    **{
+        f"WRITE {opcode}h, WRPROTECT": "SBC-4: refused while no protection is formatted; scsi_debug ignores it"
+        for opcode in ("2A", "AA", "8A")
+    },
+}
 """Case by case, why the answers differ."""
 
 
