@@ -191,7 +191,7 @@ DIFFERENCES = {
         f"READ {opcode}h, {what}": why
         for opcode in ("28", "A8", "88")
         for what, why in {
-            "no blocks at the end": "the block behind the last is no address of the medium, as libiscsi's suite wants it",
+            "no blocks at the end": "the block behind the last is no address, as libiscsi's suite wants it",
             "RDPROTECT": "SBC-4: refused while no protection is formatted; scsi_debug ignores it with dix=0 dif=0",
         }.items()
     },
