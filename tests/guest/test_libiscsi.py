@@ -17,6 +17,8 @@ import pytest
 from . import libiscsi
 from .everything import Everything, KernelLog, served
 
+pytestmark = pytest.mark.judges
+
 SIZE = 64 << 20
 PASSES = 176
 """What was reached. A command that the emulation learns raises it."""

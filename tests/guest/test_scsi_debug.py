@@ -17,6 +17,8 @@ import pytest
 from . import sg
 from .everything import Everything, served
 
+pytestmark = pytest.mark.judges
+
 MIB = 1 << 20
 SIZE = 16 * MIB
 BLOCKS = SIZE // 512

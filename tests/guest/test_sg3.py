@@ -14,6 +14,8 @@ import pytest
 from . import sg
 from .everything import Everything, KernelLog, served
 
+pytestmark = pytest.mark.judges
+
 SIZE = 16 << 20
 BLOCK = 512
 RESERVATIONS = (0x16, 0x17, 0x56, 0x57, 0x5E, 0x5F)

@@ -20,6 +20,8 @@ from . import sg
 from .everything import Everything, served
 from .test_sg3 import RESERVATIONS, random_cdb, usages, wait_until_ready
 
+pytestmark = pytest.mark.judges
+
 SIZE = 16 << 20
 PIECE = bytes.fromhex("deadbeef")
 POISON = PIECE * (256 << 10 >> 2)
