@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import logging
+import mmap
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ _FALLOC_FL_ZERO_RANGE = 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 
+_Call = Callable[[int, Sequence[memoryview], int, int], int]
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
 
 
@@ -119,7 +121,9 @@ class FileHandler(BlockHandler):
         await trio.to_thread.run_sync(self._open)
 
     def _open(self) -> None:
-        flags = (os.O_RDONLY if self.read_only else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
+        flags = (os.O_RDONLY if self.read_only else os.O_RDWR) | (os.O_DIRECT if self._direct else 0)
+        # O_NONBLOCK means nothing to files and disks; but the opening of a FIFO would wait for its other end.
+        flags |= os.O_CLOEXEC | os.O_NONBLOCK
         made = False
         try:
             fd = os.open(self.path, flags)
@@ -130,6 +134,10 @@ class FileHandler(BlockHandler):
                 ) from None
             if self._wanted_size is None:
                 raise ValueError(f"{self.path} has to be made: how large? add --size, such as --size 10G") from None
+            if self.read_only:
+                raise ValueError(
+                    f"{self.path} is not there, and cannot be made read-only: it would stay empty"
+                ) from None
             fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)
             made = True
         try:
@@ -142,6 +150,8 @@ class FileHandler(BlockHandler):
             self._check_size(self.size)
             if self._wanted_size not in (None, self.size):
                 raise ValueError(f"{self.path} has {self.size} bytes, not the {self._wanted_size} that were asked for")
+            if self._direct:
+                self._check_direct(fd)
             self.can_discard = not self.read_only and self._punches(fd)
         except BaseException:
             os.close(fd)
@@ -172,6 +182,19 @@ class FileHandler(BlockHandler):
                 "resize the file (truncate --size) or choose another --block-size"
             )
 
+    def _check_direct(self, fd: int) -> None:
+        """Reads the last block, for the storage may want larger pieces than the disk's blocks."""
+        with mmap.mmap(-1, self.block_size) as memory:
+            try:
+                os.preadv(fd, [memory], self.size - self.block_size)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                raise ValueError(
+                    f"{self.path} cannot be read around the page cache in blocks of {self.block_size}: "
+                    "choose a larger --block-size, or -o direct=off"
+                ) from None
+
     def _punches(self, fd: int) -> bool:
         """Whether the file system can make holes; asked behind the end, where there is nothing to lose."""
         try:
@@ -195,7 +218,8 @@ class FileHandler(BlockHandler):
     async def read(self, offset: int, iov: IoVec) -> None:
         """Reads into the initiator's memory."""
         done = 0
-        if len(iov) <= _IOV_MAX:
+        # With O_DIRECT nothing is cached, and RWF_NOWAIT waits for the disk all the same.
+        if len(iov) <= _IOV_MAX and not self._direct:
             try:
                 done = os.preadv(self._fd, iov, offset, os.RWF_NOWAIT)
             except OSError as error:
@@ -208,18 +232,37 @@ class FileHandler(BlockHandler):
     @blocking
     def write(self, offset: int, iov: IoVec, *, fua: bool = False) -> None:
         """Writes from the initiator's memory."""
-        self._transfer(os.pwritev, offset, iov, os.RWF_DSYNC if fua else 0)
+        try:
+            self._transfer(os.pwritev, offset, iov, os.RWF_DSYNC if fua else 0)
+        except OSError as error:
+            if fua and error.errno == errno.EIO:
+                # The kernel has reported the failed write-back with this, whatever it was of: see `flush`.
+                self._sync_failed = error
+            raise
 
-    def _transfer(
-        self, call: Callable[[int, Sequence[memoryview], int, int], int], offset: int, iov: IoVec, flags: int
-    ) -> None:
+    def _transfer(self, call: _Call, offset: int, iov: IoVec, flags: int, *, aligned: bool = False) -> None:
         """All of it, or an error."""
         while iov.nbytes:
-            done = call(self._fd, iov if len(iov) <= _IOV_MAX else list(iov)[:_IOV_MAX], offset, flags)
+            try:
+                done = call(self._fd, iov if len(iov) <= _IOV_MAX else list(iov)[:_IOV_MAX], offset, flags)
+            except OSError as error:
+                if error.errno == errno.EINVAL and self._direct and not aligned:
+                    return self._transfer_aligned(call, offset, iov, flags)
+                raise
             if done == 0:
                 raise OSError(errno.EIO, f"{self.path} ends at {offset}: it was truncated")
             offset += done
             iov = iov.slice(done, iov.nbytes)
+        return None
+
+    def _transfer_aligned(self, call: _Call, offset: int, iov: IoVec, flags: int) -> None:
+        """O_DIRECT wants memory that begins and ends at blocks. The kernel's does, that of other layers need not."""
+        with mmap.mmap(-1, iov.nbytes) as memory, memoryview(memory) as view:
+            if call is os.pwritev:
+                iov.copy_into(view)
+            self._transfer(call, offset, IoVec([view]), flags, aligned=True)
+            if call is os.preadv:
+                iov.copy_from(view)
 
     @blocking
     def flush(self) -> None:

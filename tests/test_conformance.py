@@ -200,6 +200,15 @@ class WritesOnePiece(Whole):
         self.store(offset, iov.slice(0, iov[0].nbytes))
 
 
+class WritesIntoItsSource(Whole):
+    """SCATTER: in the IoVec of a write in"""
+
+    def write(self, offset: int, iov: IoVec) -> None:
+        super().write(offset, iov)
+        if not iov.readonly:
+            iov.zero()
+
+
 class TooManyPieces(Whole):
     """SCATTER: raised OSError(22, 'Invalid argument')"""
 
@@ -296,6 +305,21 @@ class LosesUpdates(AsyncDisk):
         await trio.lowlevel.checkpoint()
         chunk[offset - start : offset - start + iov.nbytes] = iov.tobytes()
         self.data[start:stop] = chunk
+
+
+class MixesBlocks(AsyncDisk):
+    """CONCURRENCY: after writes of the same blocks at once, the block at 0 is what nobody wrote"""
+
+    turn = 0
+
+    async def write(self, offset: int, iov: IoVec) -> None:
+        self.turn ^= 256
+        for first in (self.turn, 256 - self.turn):
+            for at in range(first, iov.nbytes, 512):
+                self.store(offset + at, iov.slice(at, at + 256))
+            # Long enough for all of the others to have begun.
+            for _ in range(100):
+                await trio.lowlevel.checkpoint()
 
 
 class OnePosition(AsyncDisk):
@@ -399,6 +423,7 @@ BROKEN = [
     WritesPages,
     ReadsOnePiece,
     WritesOnePiece,
+    WritesIntoItsSource,
     TooManyPieces,
     CannotFlush,
     FlushThrowsAway,
@@ -410,6 +435,7 @@ BROKEN = [
     CannotReadWhatWasDiscarded,
     Discarded,
     LosesUpdates,
+    MixesBlocks,
     OnePosition,
     FailsAtDepth,
     NeverUnlocks,

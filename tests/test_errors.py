@@ -59,6 +59,7 @@ def errno_table() -> list[tuple[int, int, tuple[int, int, int] | None, int, tupl
         (errno.EUCLEAN, check, READ_ERROR, check, WRITE_ERROR),
         (errno.ENOSPC, check, NO_SPACE, check, NO_SPACE),
         (errno.EDQUOT, check, NO_SPACE, check, NO_SPACE),
+        (errno.EFBIG, check, NO_SPACE, check, NO_SPACE),
         (errno.EROFS, check, BUG, check, WRITE_PROTECTED),
         (errno.EACCES, check, BUG, check, WRITE_PROTECTED),
         (errno.EPERM, check, BUG, check, WRITE_PROTECTED),

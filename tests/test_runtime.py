@@ -471,6 +471,35 @@ def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     return found
 
 
+async def test_a_device_that_the_kernel_removes() -> None:
+    handler = Gated(2)
+    kernel = _native.Simulator()
+    kernel.submit(read16(0), None, BLOCK)
+    # As numbers: whoever has the simulator keeps the kernel's end of the doorbell open.
+    memory, event, size = kernel.memory_fileno(), kernel.consumer_fileno(), kernel.size
+
+    async def serve(task_status: trio.TaskStatus[Device]) -> None:
+        await serve_ring(
+            handler,
+            memory=memory,
+            event=event,
+            map_size=size,
+            name="removed",
+            serial="0",
+            naa=b"\x60" + bytes(15),
+            task_status=task_status,
+        )
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve)
+            await wait_all_tasks_blocked()
+            assert handler.running == 1
+            del kernel
+    assert [type(error) for error in leaves(caught.value)] == [tcmu_rs.DeviceRemovedError]
+    assert handler.cancelled == [0]
+
+
 async def test_a_thread_that_ends_after_the_ring_broke_says_nothing_more() -> None:
     entered, go = threading.Event(), threading.Event()
 

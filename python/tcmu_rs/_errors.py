@@ -146,6 +146,7 @@ class Busy(ScsiError):
 _ERRNO = {
     errno.ENOSPC: OutOfSpace.failure,
     errno.EDQUOT: OutOfSpace.failure,
+    errno.EFBIG: OutOfSpace.failure,
     errno.ENOMEDIUM: MediumNotPresent.failure,
     errno.EAGAIN: Busy.failure,
     errno.EBUSY: Busy.failure,

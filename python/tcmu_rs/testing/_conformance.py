@@ -274,7 +274,10 @@ async def _check_scattered(disk: _Subject) -> None:
         data = _bytes(length, length)
         cut = _cut(length, pieces)
         what = f"in {len(cut)} pieces of {' and '.join(map(str, pieces))} bytes"
-        await disk.call(Obligation.SCATTER, "write", 0, IoVec([data[start : start + size] for start, size in cut]))
+        # Memory that could be written, as that of other layers: being read-only is not what makes it a write.
+        source = [bytearray(data[start : start + size]) for start, size in cut]
+        await disk.call(Obligation.SCATTER, "write", 0, IoVec(source))
+        disk.expect(Obligation.SCATTER, f"in the IoVec of a write {what}", 0, b"".join(source), data)
         disk.expect(Obligation.SCATTER, f"after a write {what}", 0, await disk.read(0, length), data)
         targets = [bytearray(size) for _, size in cut]
         await disk.call(Obligation.SCATTER, "read", 0, IoVec(targets))
