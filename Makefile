@@ -8,7 +8,7 @@ CARGO_TARGET_DIR ?= $(CURDIR)/target
 export CARGO_TARGET_DIR
 RUST_SOURCES := $(shell find rust/src -name '*.rs') Cargo.toml Cargo.lock rust/Cargo.toml pyproject.toml
 
-.PHONY: help demo test check format lint types rust-test rust-memory fuzz python-test wheel bench clean
+.PHONY: help demo test check format lint types rust-test rust-memory fuzz python-test judges wheel bench clean
 
 help:
 	@echo 'make demo    a file-backed disk on a real kernel: format, mount, copy, check (minutes)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make check   the fast ones only: no lab, no fuzzing'
 	@echo 'make wheel   a manylinux wheel and the sdist, in dist/'
 	@echo 'make bench   cost per command on the simulator'
+	@echo 'make judges  libiscsi, sg3_utils and scsi_debug judge the emulation (many minutes)'
 	@echo 'make fuzz    fuzz all targets (SECONDS=60 each)'
 
 $(VENV)/bootstrap:
@@ -76,7 +77,11 @@ fuzz:
 
 python-test: $(VENV)/develop
 	@$(BIN)/python -m tests.lab install || echo 'the lab cannot be installed here: its tests are skipped'
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not judges'
+
+# libiscsi's suite, sg3_utils, scsi_debug: what docs/scsi.md says comes from here. Many minutes.
+judges: $(VENV)/develop
+	$(BIN)/python -m pytest -m judges tests/guest
 
 wheel: $(VENV)/bootstrap
 	$(BIN)/pip install --quiet --disable-pip-version-check 'maturin>=1.9.4,<2'

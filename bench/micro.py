@@ -352,50 +352,48 @@ def resident(field: str) -> int:
     raise LookupError(field)
 
 
-async def memory(rounds: int) -> list[Row]:
-    """Growth of the resident set per idle device, with what a simulator takes, and the simulator alone."""
-    growths: dict[str, list[float]] = {}
-    more = 99
+async def memory() -> list[Row]:
+    """Growth of the resident set per idle device and per simulator, from 1 to 100 of them.
 
-    def note(name: str, before: dict[str, int]) -> None:
-        gc.collect()
-        for field, title in (("RssAnon", "anonymous"), ("VmRSS", "all")):
-            grown = (resident(field) - before[field]) / more / 1024
-            growths.setdefault(f"{name}, {title}", []).append(grown)
+    Measured once, and before all else: later ones are made of memory that was used before.
+    """
+    more = 99
+    rows: list[Row] = []
 
     def now() -> dict[str, int]:
         gc.collect()
-        return {field: resident(field) for field in ("RssAnon", "VmRSS")}
+        return {"anonymous": resident("RssAnon"), "all": resident("VmRSS")}
 
-    for _ in range(max(1, rounds // 3)):
-        kernels = [_native.Simulator(checks=False)]
+    def note(name: str, before: dict[str, int]) -> None:
+        for kind, after in now().items():
+            grown = (after - before[kind]) / more / 1024
+            rows.append(Row(f"memory: {name}, {kind}", "KiB", grown, grown, grown))
+
+    kernels = [_native.Simulator(checks=False)]
+    before = now()
+    kernels += [_native.Simulator(checks=False) for _ in range(more)]
+    note("a simulator alone", before)
+    handlers = [Idle() for _ in kernels]
+    async with trio.open_nursery() as nursery:
+        devices: list[Device] = [await nursery.start(serve, handlers[0], kernels[0])]
         before = now()
-        kernels += [_native.Simulator(checks=False) for _ in range(more)]
-        note("simulator alone", before)
-        async with trio.open_nursery() as nursery:
-            handlers = [Idle() for _ in kernels]
-            devices = [await nursery.start(serve, handlers[0], kernels[0])]
-            before = now()
-            for handler, kernel in zip(handlers[1:], kernels[1:], strict=True):
-                devices.append(await nursery.start(serve, handler, kernel))
-            note("idle device", before)
+        for handler, kernel in zip(handlers[1:], kernels[1:], strict=True):
+            devices.append(await nursery.start(serve, handler, kernel))
+        note("an idle device", before)
+        for kernel in kernels:
+            kernel.submit(TEST_UNIT_READY)
+        with trio.fail_after(10):
             for kernel in kernels:
-                kernel.submit(TEST_UNIT_READY)
-            with trio.fail_after(10):
-                for kernel in kernels:
-                    await trio.lowlevel.wait_readable(kernel.fileno())
-                    ((_, status, *_),) = kernel.process()
-                    assert status == 0
-            for device in devices:
-                device.stop()
-    return [
-        Row(f"memory: {name}", "KiB", statistics.median(values), min(values), max(values))
-        for name, values in growths.items()
-    ]
+                await trio.lowlevel.wait_readable(kernel.fileno())
+                ((_, status, *_),) = kernel.process()
+                assert status == 0
+        for device in devices:
+            device.stop()
+    return rows
 
 
 async def measure(rounds: int) -> list[Row]:
-    rows = await memory(rounds)
+    rows = await memory()
     rows += layers(rounds)
     for name, make in COLOURS:
         rows += await colour(name, make, rounds)

@@ -28,7 +28,11 @@ pub(super) fn compare_and_write(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn Dat
         return Err(invalid_field(NUMBER_OF_LOGICAL_BLOCKS, 7));
     }
     if extent.blocks == 0 {
-        return Ok(Next::Done(Reply::good(0)));
+        // With data it was meant to be 256 blocks, which the field has no room for.
+        return match buffer.len() {
+            0 => Ok(Next::Done(Reply::good(0))),
+            _ => Err(invalid_field(NUMBER_OF_LOGICAL_BLOCKS, 7)),
+        };
     }
     let block_size = u64::from(lu.geometry().block_size);
     let length = (extent.blocks * block_size) as usize;

@@ -35,6 +35,8 @@ fn blocks_that_are_as_expected_are_replaced() {
         assert_eq!(disk.verbs(), [Verb::Read, Verb::Write]);
     }
     assert_good(disk.command(&compare_and_write(0, 3, 0)));
+    // 256 blocks, as somebody may think.
+    assert_invalid_field(disk.write(&compare_and_write(0, 3, 0), &[0; 2 * 256 * 512]), 13, 7);
     assert_good(disk.write(&compare_and_write(FUA, 299, 1), &[[1; 512], [2; 512]].concat()));
     assert_eq!(disk.verbs(), [Verb::Read, Verb::Write, Verb::Flush]);
 }

@@ -65,7 +65,7 @@ pub fn set_action(cdb: &mut [u8], service_action: Option<u16>) {
 
 /// Data-Out with which the valid CDB of a command is GOOD.
 fn data_out(opcode: u8) -> Vec<u8> {
-    let mut data = vec![0; 512];
+    let mut data = vec![0; if opcode == 0x89 { 1024 } else { 512 }];
     if opcode == 0x48 {
         data[..4].copy_from_slice(&[1, 0, 0, 4]);
     }
@@ -86,7 +86,7 @@ fn valid(opcode: u8, service_action: Option<u16>, length: usize) -> Vec<u8> {
         0x08 | 0x0a => cdb[4] = 1,
         0x1a | 0x5a => cdb[2] = 0x3f,
         0x41 => cdb[8] = 1,
-        0x93 => cdb[13] = 1,
+        0x89 | 0x93 => cdb[13] = 1,
         _ => (),
     }
     cdb
