@@ -82,10 +82,10 @@ def test_its_commands_are_those_that_it_names(disk: Disk) -> None:
     assert named["42"] == "Unmap"
     for operation in "Read", "Write":
         assert {f"{operation}({length})" for length in (6, 10, 12, 16)} <= set(named.values())
-    # Those that it does not name, it refuses: PRE-FETCH(10) for instance, while TEST UNIT READY is fine.
+    # Those that it does not name, it refuses: READ LONG(10) for instance, while TEST UNIT READY is fine.
     run("sg_raw", disk.path, *["00"] * 6)
-    assert "34" not in named
-    answer = run("sg_raw", disk.path, "34", *["00"] * 9, code=9)
+    assert "3e" not in named
+    answer = run("sg_raw", disk.path, "3e", *["00"] * 9, code=9)
     assert "Invalid command operation code" in answer
 
 
