@@ -116,6 +116,12 @@ class FileHandler(BlockHandler):
         async with handler:
             pass
 
+    @classmethod
+    async def remove(cls, config: str, options: Options) -> bool:
+        """Deletes the file that `create` has made."""
+        await trio.Path(config).unlink()
+        return True
+
     async def open(self) -> None:
         """Opens and locks the file."""
         await trio.to_thread.run_sync(self._open)
