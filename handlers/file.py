@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from tcmu_rs import BlockHandler, IoVec, Options, blocking
+from tcmu_rs import BlockHandler, ExtentState, IoVec, Options, blocking
 
 if TYPE_CHECKING:
     from typing import Self
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 _ZEROES = memoryview(bytes(1 << 20))
+_MAX_EXTENTS = 256
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -116,6 +117,12 @@ class FileHandler(BlockHandler):
         async with handler:
             pass
 
+    @classmethod
+    async def remove(cls, config: str, options: Options) -> bool:
+        """Deletes the file that `create` has made."""
+        await trio.Path(config).unlink()
+        return True
+
     async def open(self) -> None:
         """Opens and locks the file."""
         await trio.to_thread.run_sync(self._open)
@@ -153,6 +160,7 @@ class FileHandler(BlockHandler):
             if self._direct:
                 self._check_direct(fd)
             self.can_discard = not self.read_only and self._punches(fd)
+            self.can_extents = self._knows_holes(fd)
         except BaseException:
             os.close(fd)
             if made:
@@ -202,6 +210,14 @@ class FileHandler(BlockHandler):
         except OSError as error:
             # A block device has nothing behind its end (EINVAL); it says at the first discard what it can do.
             return error.errno not in _UNSUPPORTED
+        return True
+
+    def _knows_holes(self, fd: int) -> bool:
+        try:
+            os.lseek(fd, 0, os.SEEK_DATA)
+        except OSError as error:
+            # ENXIO: one hole.
+            return error.errno == errno.ENXIO
         return True
 
     async def aclose(self) -> None:
@@ -285,6 +301,28 @@ class FileHandler(BlockHandler):
     def write_zeroes(self, offset: int, length: int) -> None:
         """Zeroes, and keeps the space."""
         self._zero(_FALLOC_FL_ZERO_RANGE, offset, length)
+
+    @blocking
+    def extents(self, offset: int, length: int) -> list[tuple[int, ExtentState]]:
+        """Asks the file system (lseek(2), SEEK_DATA and SEEK_HOLE); zeroes that take space may count as a hole."""
+        found: list[tuple[int, ExtentState]] = []
+        end = offset + length
+        while offset < end and len(found) < _MAX_EXTENTS:
+            try:
+                data = min(os.lseek(self._fd, offset, os.SEEK_DATA), end)
+            except OSError as error:
+                # No data from here on.
+                if error.errno != errno.ENXIO:
+                    raise
+                data = end
+            if data > offset:
+                found.append((data - offset, ExtentState.DEALLOCATED))
+            if data < end:
+                hole = min(os.lseek(self._fd, data, os.SEEK_HOLE), end)
+                found.append((hole - data, ExtentState.MAPPED))
+                data = hole
+            offset = data
+        return found
 
     def _zero(self, mode: int, offset: int, length: int) -> None:
         try:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import trio
 
-from . import _lio, _sysfs
+from . import _control, _lio, _sysfs
 from ._handler import Handler, check
 from ._registry import parse_spec
-from ._runtime import serve_uio
+from ._runtime import serve_uio, verbs
 
 if TYPE_CHECKING:
     from ._runtime import Device
@@ -155,6 +155,7 @@ async def attach(
                 nursery.start_soon(service.run_server, nursery)
                 try:
                     await service.wait_started()
+                    nursery.start_soon(service.run_control)
                     if fabric == "iscsi":
                         await service.expose(
                             partial(_lio.expose_iscsi, backstore, iqn, portal, allow_network=allow_network)
@@ -216,6 +217,7 @@ class _Service:
         self._strict = strict
         self._grace = grace
         self._server_scope = trio.CancelScope(shield=True)
+        self._control_scope = trio.CancelScope()
         self._started = trio.Event()
         self._exposure: _lio.Exposure | None = None
         # Of the threading kind, since `fail_commands` waits for it in a thread.
@@ -242,6 +244,11 @@ class _Service:
                 nursery.start_soon(self._fail_commands)
         if not self._server_scope.cancel_called:
             raise _lio.LioError(f"device {self._device.name} was removed by another program")
+
+    async def run_control(self) -> None:
+        """Answers other processes' questions about the device, until `take_down`."""
+        with self._control_scope:
+            await _control.offer(verbs(lambda: [self._device._server] if self._device._server else []))
 
     def started(self, value: Any = None) -> None:
         """Called by the server, with the `Device`, when commands flow."""
@@ -274,6 +281,7 @@ class _Service:
         try:
             await self._take_down_lun()
         finally:
+            self._control_scope.cancel()
             self._server_scope.cancel()
 
     async def _take_down_lun(self) -> None:

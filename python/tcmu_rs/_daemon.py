@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from . import _lio, _sysfs
+from . import _control, _lio, _sysfs
 from ._errors import DeviceError
 from ._handler import Handler, Options, check
 from ._netlink import DeviceEvents, Rescan
-from ._runtime import GRACE, serve_uio
+from ._runtime import GRACE, serve_uio, verbs
 
 if TYPE_CHECKING:
     from ._native import DeviceEvent
@@ -73,6 +73,7 @@ class Daemon:
     async def _run(self, task_status: trio.TaskStatus[Daemon]) -> None:
         async with trio.open_nursery() as nursery:
             self._rescan(nursery)
+            nursery.start_soon(_control.offer, verbs(lambda: self.devices))
             task_status.started(self)
             async for event in self._events:
                 if isinstance(event, Rescan):

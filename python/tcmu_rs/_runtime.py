@@ -29,6 +29,7 @@ from . import _errors, _native
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 
 if TYPE_CHECKING:
+    from . import _control
     from ._sysfs import UioDevice
 
 logger = logging.getLogger("tcmu_rs")
@@ -655,6 +656,21 @@ async def serve_ring(
     )
     device = Device(handler, ring, name, strict=strict, grace=grace, free_kept=free_kept, before_stop=before_stop)
     await device.run(task_status)
+
+
+def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
+    """What other processes may ask of the server of some devices, over its control socket.
+
+    `statistics`: the key `devices` of the answer has a record for each device, or, with a key `name` in the request,
+    for that device alone, if it is served here.
+    """
+
+    async def statistics(request: _control.Message, channel: _control.Channel) -> dict[str, Any]:
+        name = request.body.get("name")
+        asked = [device for device in devices() if name in (None, device.name)]
+        return {"devices": [{"name": device.name, **device.statistics()} for device in asked]}
+
+    return {"statistics": statistics}
 
 
 def naa_of(serial: str) -> bytes:
