@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -17,13 +18,17 @@ from tcmu_rs import _devices, _doctor, _lio, _sysfs
 from .test_adoption import image
 from .test_attach import leftovers, nothing_left, read, write
 from .test_cli import Server, run
-from .test_daemon import backstore, disk, wait_for
+from .test_daemon import backstore, wait_for
 
 __all__ = ["image", "nothing_left"]
 
 
 def server_of(name: str) -> int | None:
     return next((device.pid for device in _devices.devices() if device.name == name), None)
+
+
+def is_another(name: str, pid: int) -> bool | None:
+    return server_of(name) not in (None, pid) or None
 
 
 def load(device: str, seconds: int) -> subprocess.Popen[str]:
@@ -48,7 +53,7 @@ def test_a_killed_server_is_replaced_without_an_error(image: Path) -> None:
         pid = server_of("disk")
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda pid=pid: server_of("disk") not in (None, pid) or None)
+        wait_for(functools.partial(is_another, "disk", pid))
     output, _ = fio.communicate(timeout=120)
     assert fio.returncode == 0, output
     # Both sides of the switch.
