@@ -33,6 +33,7 @@ from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colou
 if TYPE_CHECKING:
     from . import _control
     from ._sysfs import UioDevice
+    from ._upgrade import Inherited
 
 logger = logging.getLogger("tcmu_rs")
 
@@ -155,6 +156,7 @@ class Device:
         self._bugs: set[tuple[str, str]] = set()
         self._nursery: trio.Nursery | None = None
         self._stop_requested = trio.Event()
+        self._resumed: trio.Event | None = None
 
     def __repr__(self) -> str:
         return f"<tcmu_rs.Device {self.name!r}, {self.size} bytes, served by {type(self.handler).__name__}>"
@@ -190,6 +192,44 @@ class Device:
         self._grace = grace
         if self._winding_down is not None:
             self._winding_down.deadline = trio.current_time() + grace
+
+    def fileno(self) -> int:
+        """The descriptor of the device."""
+        return self._ring.fileno()
+
+    async def pause(self, within: float) -> None:
+        """Takes no more commands, and returns when there are none in flight; what comes then waits in the ring.
+
+        Args:
+            within: Seconds that the commands may take.
+
+        Raises:
+            trio.TooSlowError: One takes longer. The device goes on.
+        """
+        self._resumed = trio.Event()
+        try:
+            with trio.fail_after(within):
+                # Some ends of commands wake nobody up, and this is rare.
+                while self._running or self._pending or self._dirty or self._ring.quiescent_at() is None:  # noqa: ASYNC110
+                    await trio.sleep(0.002)
+        except trio.TooSlowError:
+            self.resume()
+            raise trio.TooSlowError(f"{self.name}: a command has not ended within {within:g} s") from None
+        except BaseException:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        """Takes commands again; nothing if it does."""
+        if self._resumed is not None:
+            self._resumed.set()
+            self._resumed = None
+
+    def estate(self) -> dict[str, Any]:
+        """What another process needs to go on with the ring of a paused device, beside the descriptor."""
+        self._free_released()
+        unit = self._ring.unit_state()
+        return {"position": self._ring.quiescent_at(), "unit": unit, "kept": self._ring.kept()}
 
     # How each verb is called, decided once.
 
@@ -345,11 +385,13 @@ class Device:
         """Waits for the ring and takes a batch."""
         self._pumping = True
         try:
-            if self._ring.pending():
+            if self._resumed is not None:
+                await self._resumed.wait()
+            elif self._ring.pending():
                 await trio.lowlevel.checkpoint()
             else:
                 await trio.lowlevel.wait_readable(self._ring.fileno())
-            if self._stopping:
+            if self._stopping or self._resumed is not None:
                 return
             batch = self._ring.drain(BATCH)
         finally:
@@ -730,6 +772,7 @@ async def serve_ring(
     deadline: float = math.inf,
     free_kept: Callable[[int], None] | None = None,
     before_stop: Callable[[], None] | None = None,
+    begin: Callable[[_native.Ring, _native.LogicalUnit | None], Awaitable[None]] | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves a handler that is open on a ring that is there: the kernel's or the simulator's.
@@ -747,6 +790,7 @@ async def serve_ring(
         deadline: Seconds that a command may take: then it is cancelled, and answered as timed out.
         free_kept: Tells the kernel that a kept buffer is free.
         before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
+        begin: Called before the first command is taken, for what goes on from another process.
         task_status: Gets the `Device` once commands flow.
 
     Resource handling: the ring is closed when this returns or raises; every command has been answered by then.
@@ -764,6 +808,12 @@ async def serve_ring(
         intercept=has(handler, "scsi_command"),
         fills_reads=getattr(handler, "fills_reads", False),
     )
+    if begin is not None:
+        try:
+            await begin(ring, unit)
+        except BaseException:
+            ring.close()
+            raise
     device = Device(
         handler,
         ring,
@@ -830,6 +880,7 @@ async def serve_uio(
     name: str,
     wwn: str,
     claimed: int | None = None,
+    inherited: Inherited | None = None,
     strict: bool = False,
     grace: float = GRACE,
     deadline: float | None = None,
@@ -845,6 +896,7 @@ async def serve_uio(
         wwn: The backstore's unit serial number.
         claimed: The node, open already, of a device that is blocked and whose ring is empty (`_adoption.Claim.fence`).
             It is unblocked when commands flow. The descriptor stays the caller's.
+        inherited: A device that another process hands over. Its descriptor stays the caller's.
         strict: As for `serve_ring`.
         grace: As for `serve_ring`.
         deadline: As for `serve_ring`; None for five sixths of the time after which the kernel gives a command up.
@@ -857,7 +909,9 @@ async def serve_uio(
     """
     if deadline is None:
         deadline = await trio.to_thread.run_sync(_deadline_of, uio)
-    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if claimed is None else claimed
+    lent = inherited.fd if inherited is not None else claimed
+    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if lent is None else lent
+    free_kept = functools.partial(_action, uio, "free_kept_buf")
     try:
 
         async def serve(task_status: trio.TaskStatus[Device]) -> None:
@@ -872,18 +926,22 @@ async def serve_uio(
                 strict=strict,
                 grace=grace,
                 deadline=deadline,
-                free_kept=functools.partial(_action, uio, "free_kept_buf"),
+                free_kept=free_kept,
                 before_stop=before_stop,
+                begin=inherited.begin if inherited is not None else None,
                 task_status=task_status,
             )
 
-        if claimed is None:
+        if lent is None:
             await serve(task_status)
             return
         async with trio.open_nursery() as nursery:
             device = await nursery.start(serve)
-            await trio.to_thread.run_sync(_action, uio, "block_dev", 0)
+            if inherited is None:
+                await trio.to_thread.run_sync(_action, uio, "block_dev", 0)
+            else:
+                nursery.start_soon(inherited.free_kept, free_kept)
             task_status.started(device)
     finally:
-        if claimed is None:
+        if lent is None:
             os.close(fd)
