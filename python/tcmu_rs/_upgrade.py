@@ -356,6 +356,9 @@ async def ask(pid: int) -> dict[str, Any]:
         try:
             async with _control.connect(path) as channel:
                 answer = await channel.ask("upgrade")
+                # Until the old process is off the devices, so that whoever looks finds one server.
+                with trio.move_on_after(_OPENS_WITHIN), suppress(ControlError):
+                    await channel.receive()
                 return answer.body
         except ControlError as error:
             # Each process has a socket that knows the verb, among others that do not.
