@@ -1,6 +1,7 @@
 """SCSI devices served to the Linux kernel from Python, under trio."""
 
 from ._attach import AttachedDevice, attach, serve
+from ._copy import CopyDomain
 from ._errors import (
     Busy,
     DeviceError,
@@ -31,6 +32,7 @@ __all__ = [
     "BlockHandler",
     "Busy",
     "Command",
+    "CopyDomain",
     "Device",
     "DeviceError",
     "DeviceRemovedError",

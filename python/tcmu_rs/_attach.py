@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import trio
 
 from . import _lio, _sysfs
+from ._copy import CopyDomain
 from ._handler import Handler, check
 from ._registry import parse_spec
 from ._runtime import serve_uio
@@ -85,6 +86,7 @@ async def attach(
     max_sectors: int | None = None,
     data_area_mb: int | None = None,
     cmd_time_out: int | None = None,
+    copy_domain: CopyDomain | None = None,
     strict: bool = False,
     ready_within: float = 30.0,
     grace: float = 10.0,
@@ -109,6 +111,7 @@ async def attach(
         max_sectors: Largest transfer that initiators are told, in blocks.
         data_area_mb: Memory that commands in flight may fill, MiB.
         cmd_time_out: Seconds after which the kernel fails a command that was not answered; 0 means never.
+        copy_domain: The disks that initiators may copy from and to, beside this one itself.
         strict: Let a bug in the handler end the device instead of one command.
         ready_within: Seconds that the disk may take to become usable.
         grace: Seconds that writing back and taking away may take with the handler's help. Afterwards, commands in
@@ -150,7 +153,7 @@ async def attach(
                     "mount -t devtmpfs none /dev, or run outside the container",
                 )
             device = AttachedDevice(handler, backstore, uio, fabric)
-            service = _Service(device, backstore, strict=strict, grace=grace)
+            service = _Service(device, backstore, strict=strict, grace=grace, copy_domain=copy_domain)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(service.run_server, nursery)
                 try:
@@ -177,6 +180,7 @@ async def serve(
     *,
     spec: str | None = None,
     wwn: str | None = None,
+    copy_domain: CopyDomain | None = None,
     strict: bool = False,
     task_status: trio.TaskStatus[AttachedDevice] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -187,6 +191,7 @@ async def serve(
         name: Name of the backstore.
         spec: As for `attach`.
         wwn: As for `attach`.
+        copy_domain: As for `attach`.
         strict: Let a bug in the handler end the device instead of one command.
         task_status: Gets the device when commands flow.
 
@@ -196,7 +201,9 @@ async def serve(
     Raises:
         LioError: The kernel could not be set up; the text says what to do.
     """
-    async with attach(handler, name, spec=spec, fabric="none", wwn=wwn, strict=strict) as device:
+    async with attach(
+        handler, name, spec=spec, fabric="none", wwn=wwn, copy_domain=copy_domain, strict=strict
+    ) as device:
         task_status.started(device)
         await trio.sleep_forever()
 
@@ -210,11 +217,20 @@ class _Service:
     is made to fail the commands that nobody will answer, until there is none.
     """
 
-    def __init__(self, device: AttachedDevice, backstore: _lio.Backstore, *, strict: bool, grace: float) -> None:
+    def __init__(
+        self,
+        device: AttachedDevice,
+        backstore: _lio.Backstore,
+        *,
+        strict: bool,
+        grace: float,
+        copy_domain: CopyDomain | None,
+    ) -> None:
         self._device = device
         self._backstore = backstore
         self._strict = strict
         self._grace = grace
+        self._copy_domain = copy_domain
         self._server_scope = trio.CancelScope(shield=True)
         self._started = trio.Event()
         self._exposure: _lio.Exposure | None = None
@@ -233,6 +249,7 @@ class _Service:
                     wwn=self._device.wwn,
                     strict=self._strict,
                     grace=self._grace,
+                    copy_domain=self._copy_domain,
                     # Not through `Nursery.start`: cancelled meanwhile, it would wait for this shielded task
                     # for ever.
                     task_status=self,

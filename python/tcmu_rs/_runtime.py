@@ -21,11 +21,12 @@ import types
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
 from . import _errors, _native
+from ._copy import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ class Device:
         grace: float,
         free_kept: Callable[[int], None] | None,
         before_stop: Callable[[], None] | None,
+        naa: bytes,
+        copy_domain: CopyDomain | None,
     ) -> None:
         self.name = name
         self.handler = handler
@@ -121,6 +124,10 @@ class Device:
         self._grace = grace
         self._free_kept = free_kept
         self._before_stop = before_stop
+        self._naa = naa
+        self._copy_domain = copy_domain
+        self._copies = 0
+        self._waiting_pieces: dict[int, Piece] = {}
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._max_in_flight = handler.max_in_flight
         self._calls: dict[int | None, _Call] = self._find_calls()
@@ -251,6 +258,8 @@ class Device:
     def _reply_or_emulate(self, cmd: _native.Command, result: Any) -> None:
         if result is NotImplemented:
             cmd.emulate()
+            if cmd.piece is not None:
+                self._start_copy(cmd)
         else:
             self._reply(cmd, result)
 
@@ -315,6 +324,8 @@ class Device:
             self._pumping = False
         # What the emulation answered is not handed back yet, nor the space of entries that need no answer.
         self._dirty = True
+        if self._waiting_pieces:
+            self._grant()
         for item in batch:
             if isinstance(item, _native.Command):
                 self._pending.append(item)
@@ -362,7 +373,10 @@ class Device:
             while True:
                 call = self._calls.get(verb)
                 if call is None:
-                    failure = _INVALID_OPCODE
+                    if verb is None and cmd.piece is not None:
+                        self._start_copy(cmd)
+                    else:
+                        failure = _INVALID_OPCODE
                     break
                 coroutine = call(cmd)
                 if coroutine is not None:
@@ -420,7 +434,7 @@ class Device:
             # The frames of an exception that is raised again may hold views, and do no harm: the device ends.
             if cmd.lent and crash is None:
                 self._keep(cmd, verb)
-            if self._stopping and self._running == 0:
+            if self._stopping and self._running == 0 and not self._copies:
                 self._drained.set()
         if crash is not None:
             try:
@@ -474,6 +488,84 @@ class Device:
             logger.error("%s: %s raised what it must not\n%s", self.name, what, text)
         return _BUG
 
+    # Copies: each a task of its own, which runs no handler. Its pieces are commands of the units that they are for, so
+    # that a handler is called among its own device's workers only, and not after its end.
+
+    def _start_copy(self, cmd: _native.Command) -> None:
+        if self._nursery is None or self._stopping:
+            cmd.fail(*_BUSY)
+            return
+        self._copies += 1
+        scope = self._scopes[cmd.id] = trio.CancelScope()
+        self._nursery.start_soon(self._copy, cmd, cmd.id, scope, name=f"<tcmu_rs copy of {self.name}>")
+
+    async def _copy(self, cmd: _native.Command, cmd_id: int, scope: trio.CancelScope) -> None:
+        try:
+            with self._first_device_error(), scope:
+                while (piece := cmd.piece) is not None:
+                    naa, verb = piece
+                    device = self if naa == self._naa else self._neighbour(naa)
+                    failure = NOT_REACHABLE if device is None else await device.perform(Piece(cmd, verb))
+                    if failure is not None:
+                        cmd.fail(*failure)
+                    elif not cmd.advance():
+                        break
+        finally:
+            # Nobody can have the id before the answer is handed back, which is after this.
+            del self._scopes[cmd_id]
+            if not cmd.answered:
+                with suppress(_errors.DeviceError):
+                    cmd.fail(*_ABORTED)
+            self._copies -= 1
+            self._nudge()
+            if self._stopping and self._running == 0 and not self._copies:
+                self._drained.set()
+
+    def _neighbour(self, naa: bytes) -> Device | None:
+        return self._copy_domain._find(naa) if self._copy_domain is not None else None
+
+    async def perform(self, piece: Piece) -> _errors.Failure | None:
+        """Runs a piece of a copy among the commands of this device. Returns how it failed, if it did."""
+        if self._stopping:
+            return NOT_REACHABLE
+        token, granted = self._ring.enter(piece.offset, piece.length)
+        try:
+            if granted:
+                self._take(piece)
+            else:
+                self._waiting_pieces[token] = piece
+            try:
+                await piece.done.wait()
+            except trio.Cancelled:
+                if self._waiting_pieces.pop(token, None) is None:
+                    self._abort([piece.id])
+                    # The handler may be at work on it.
+                    with trio.CancelScope(shield=True):
+                        await piece.done.wait()
+                raise
+        finally:
+            self._ring.leave(token)
+            # Others may have waited for it.
+            self._nudge()
+        return piece.failure
+
+    def _take(self, piece: Piece) -> None:
+        self._pending.append(cast("_native.Command", piece))
+        self._nudge()
+
+    def _grant(self) -> None:
+        for token in self._ring.granted():
+            piece = self._waiting_pieces.pop(token, None)
+            if piece is not None:
+                self._take(piece)
+
+    def _nudge(self) -> None:
+        """Has a worker hand back what was answered, and look for commands that waited."""
+        self._dirty = True
+        if self._workers:
+            self._call_workers()
+        # Else the device is at its end, and all that is left is turned away.
+
     def _abort(self, ids: list[int]) -> None:
         for cmd_id in ids:
             scope = self._scopes.get(cmd_id)
@@ -489,6 +581,8 @@ class Device:
         if self._ring.commit():
             # Commands that had to wait for others which are answered now.
             self._pending.extend(self._ring.ready())
+            if self._waiting_pieces:
+                self._grant()
             self._call_workers()
 
     # Memory that is still looked at after the answer.
@@ -548,7 +642,7 @@ class Device:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._before_stop)
             with trio.CancelScope(shield=True, deadline=trio.current_time() + self._grace) as self._winding_down:
-                if self._running:
+                if self._running or self._copies:
                     await self._drained.wait()
         finally:
             shield.cancel()
@@ -556,8 +650,9 @@ class Device:
     def _close(self) -> None:
         """Answers what was not begun, with a status that makes initiators try again, and lets go of the device."""
         try:
-            self._turn_away(self._pending)
+            self._turn_away([*self._pending, *self._waiting_pieces.values()])
             self._pending.clear()
+            self._waiting_pieces.clear()
             for _ in range(LAST_BATCHES):
                 batch = self._ring.drain(BATCH)
                 self._turn_away([item for item in batch if isinstance(item, _native.Command)])
@@ -572,7 +667,7 @@ class Device:
                 trio.lowlevel.notify_closing(self._ring.fileno())
             self._ring.close()
 
-    def _turn_away(self, commands: Iterable[_native.Command]) -> None:
+    def _turn_away(self, commands: Iterable[_native.Command | Piece]) -> None:
         for cmd in commands:
             cmd.fail(*_BUSY)
         # Commands that waited for those come out now, and those that waited for them.
@@ -620,6 +715,7 @@ async def serve_ring(
     grace: float = GRACE,
     free_kept: Callable[[int], None] | None = None,
     before_stop: Callable[[], None] | None = None,
+    copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves a handler that is open on a ring that is there: the kernel's or the simulator's.
@@ -636,12 +732,14 @@ async def serve_ring(
         grace: Seconds for commands in flight when the device stops.
         free_kept: Tells the kernel that a kept buffer is free.
         before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
+        copy_domain: The disks that initiators may copy from and to, beside this one itself.
         task_status: Gets the `Device` once commands flow.
 
     Resource handling: the ring is closed when this returns or raises; every command has been answered by then.
 
     Raises:
         DeviceError: The device went away, or its shared memory is corrupt.
+        ValueError: There is a disk of the same name in the copy domain.
     """
     check(handler)
     unit = unit_for(handler, serial=serial, naa=naa) if isinstance(handler, BlockHandler) else None
@@ -653,8 +751,29 @@ async def serve_ring(
         intercept=has(handler, "scsi_command"),
         fills_reads=getattr(handler, "fills_reads", False),
     )
-    device = Device(handler, ring, name, strict=strict, grace=grace, free_kept=free_kept, before_stop=before_stop)
-    await device.run(task_status)
+    device = Device(
+        handler,
+        ring,
+        name,
+        strict=strict,
+        grace=grace,
+        free_kept=free_kept,
+        before_stop=before_stop,
+        naa=naa,
+        copy_domain=copy_domain,
+    )
+    if copy_domain is None or unit is None:
+        await device.run(task_status)
+        return
+    try:
+        copy_domain._join(device, unit)
+    except BaseException:
+        ring.close()
+        raise
+    try:
+        await device.run(task_status)
+    finally:
+        copy_domain._leave(device, unit)
 
 
 def naa_of(serial: str) -> bytes:
@@ -681,6 +800,7 @@ async def serve_uio(
     strict: bool = False,
     grace: float = GRACE,
     before_stop: Callable[[], None] | None = None,
+    copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves an open handler on a device of this machine's kernel.
@@ -695,6 +815,7 @@ async def serve_uio(
         strict: As for `serve_ring`.
         grace: As for `serve_ring`.
         before_stop: As for `serve_ring`.
+        copy_domain: As for `serve_ring`.
         task_status: As for `serve_ring`.
 
     Raises:
@@ -722,6 +843,7 @@ async def serve_uio(
                 grace=grace,
                 free_kept=functools.partial(_action, uio, "free_kept_buf"),
                 before_stop=before_stop,
+                copy_domain=copy_domain,
                 task_status=task_status,
             )
 

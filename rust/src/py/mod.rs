@@ -38,7 +38,7 @@ mod _native {
     #[pymodule_export]
     use super::simulator::Simulator;
     #[pymodule_export]
-    use super::unit::LogicalUnit;
+    use super::unit::{CopyDomain, LogicalUnit};
 
     /// The version of the package.
     #[pymodule_export]
