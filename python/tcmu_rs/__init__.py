@@ -1,7 +1,7 @@
 """SCSI devices served to the Linux kernel from Python, under trio."""
 
 from ._attach import AttachedDevice, attach, serve
-from ._copy import CopyDomain
+from ._domain import CopyDomain
 from ._errors import (
     Busy,
     DeviceError,

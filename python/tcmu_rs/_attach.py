@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import trio
 
 from . import _lio, _sysfs
-from ._copy import CopyDomain
+from ._domain import CopyDomain
 from ._handler import Handler, check
 from ._registry import parse_spec
 from ._runtime import serve_uio

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 import trio
 
 from . import _errors, _native
-from ._copy import NOT_REACHABLE, CopyDomain, Piece
+from ._domain import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 
 if TYPE_CHECKING:

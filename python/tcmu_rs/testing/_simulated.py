@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from .. import _errors, _native
-from .._copy import CopyDomain
+from .._domain import CopyDomain
 from .._runtime import GRACE, Device, serve_ring
 
 if TYPE_CHECKING:
