@@ -64,6 +64,7 @@ class FileHandler(BlockHandler):
     """
 
     max_in_flight = 32
+    persistent = True
     native_fua = True
     fills_reads = True
     discard_zeroes = True
@@ -116,6 +117,12 @@ class FileHandler(BlockHandler):
         handler._create = True
         async with handler:
             pass
+
+    @classmethod
+    async def remove(cls, config: str, options: Options) -> bool:
+        """Deletes the file that `create` has made."""
+        await trio.Path(config).unlink()
+        return True
 
     async def open(self) -> None:
         """Opens and locks the file."""

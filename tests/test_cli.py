@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from tcmu_rs import _cli, _devices, _doctor, _lio
 
-COMMANDS = ["attach", "check", "create", "detach", "doctor", "handlers", "info", "list"]
+COMMANDS = ["attach", "check", "copy", "create", "detach", "doctor", "handlers", "info", "list"]
 
 
 def run(*arguments: str | Path) -> Result:

@@ -1,9 +1,11 @@
 """SCSI devices served to the Linux kernel from Python, under trio."""
 
 from ._attach import AttachedDevice, attach, serve
+from ._copy import Progress, copy
 from ._domain import CopyDomain
 from ._errors import (
     Busy,
+    CopyError,
     DeviceError,
     DeviceRemovedError,
     HardwareError,
@@ -33,6 +35,7 @@ __all__ = [
     "Busy",
     "Command",
     "CopyDomain",
+    "CopyError",
     "Device",
     "DeviceError",
     "DeviceRemovedError",
@@ -49,11 +52,13 @@ __all__ = [
     "NotReady",
     "Options",
     "OutOfSpace",
+    "Progress",
     "RingCorruptError",
     "ScsiError",
     "WriteProtected",
     "__version__",
     "attach",
     "blocking",
+    "copy",
     "serve",
 ]
