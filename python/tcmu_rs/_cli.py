@@ -256,7 +256,8 @@ async def _serve_until_signal(attaching: Callable[[], Any], announce: Callable[[
 @main.command()
 @click.argument("names", nargs=-1, metavar="[HANDLER]...")
 @click.option("--replies", is_flag=True, help="Let the kernel wait for us when devices are made: see below.")
-def daemon(names: Sequence[str], replies: bool) -> None:
+@click.option("--copies", is_flag=True, help="Let initiators copy between the devices.")
+def daemon(names: Sequence[str], replies: bool, copies: bool) -> None:
     """Serve the devices that targetcli and other programs make.
 
     Serves every user-backed device whose configuration begins with one of the HANDLERs (all that are installed, if
@@ -268,6 +269,9 @@ def daemon(names: Sequence[str], replies: bool) -> None:
     refused at once. The switch holds for the whole machine, and outlives the daemon: while it is on, whoever makes a
     device that no daemon serves waits for ever.
 
+    With --copies initiators may copy between the devices (EXTENDED COPY). Whoever can write to one of them can then
+    read and write all others, too.
+
     \b
     Examples:
       tcmu-rs daemon
@@ -275,13 +279,16 @@ def daemon(names: Sequence[str], replies: bool) -> None:
       targetcli /backstores/user:file create disk1 10G /var/tmp/disk.img
     """
     from ._daemon import Daemon, serving
+    from ._domain import CopyDomain
 
     handlers = {name: _registry.load(name) for name in names} if names else _installed()
 
     def announce(_: Daemon) -> None:
         print(f"serving devices of {', '.join(handlers)}", flush=True)
 
-    trio.run(_serve_until_signal, functools.partial(serving, handlers, replies=replies), announce)
+    copy_domain = CopyDomain() if copies else None
+    serve = functools.partial(serving, handlers, replies=replies, copy_domain=copy_domain)
+    trio.run(_serve_until_signal, serve, announce)
 
 
 def _installed() -> dict[str, Any]:
