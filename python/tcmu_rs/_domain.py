@@ -76,6 +76,10 @@ class Piece:
         self.failure: _errors.Failure | None = None
         self.done = trio.Event()
 
+    def begin(self) -> int:
+        """The verb."""
+        return self.verb
+
     def advance(self) -> bool:
         """Done."""
         self.done.set()
