@@ -251,6 +251,7 @@ pub struct Ring {
     tail: u32,
     published_tail: u32,
     next: u32,
+    fetched: u64,
     slots: VecDeque<Slot>,
     outstanding: IdSet,
     dead: bool,
@@ -302,6 +303,7 @@ impl Ring {
             tail,
             published_tail: tail,
             next: tail,
+            fetched: 0,
             slots: VecDeque::new(),
             outstanding: IdSet::new(),
             dead: false,
@@ -312,6 +314,12 @@ impl Ring {
     #[must_use]
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
+    }
+
+    /// Where the oldest entry is that was not handed back; 0 in a ring that nobody has served.
+    #[must_use]
+    pub fn tail(&self) -> u32 {
+        self.tail
     }
 
     /// Whether the mailbox has a capability flag (`MAILBOX_FLAG_CAP_*`).
@@ -332,6 +340,22 @@ impl Ring {
     /// [`RingError::Corrupt`] for an impossible head, [`RingError::Dead`].
     pub fn pending(&mut self) -> Result<bool, RingError> {
         Ok(self.head()? != self.next)
+    }
+
+    /// Bytes of entries that were fetched so far.
+    #[must_use]
+    pub const fn fetched(&self) -> u64 {
+        self.fetched
+    }
+
+    /// What [`Ring::fetched`] will be when all that is in the ring now has been fetched.
+    ///
+    /// # Errors
+    /// As [`Ring::pending`].
+    pub fn seen(&mut self) -> Result<u64, RingError> {
+        let head = self.head()?;
+        let waiting = if head >= self.next { head - self.next } else { head + (self.ring_size - self.next) };
+        Ok(self.fetched + u64::from(waiting))
     }
 
     fn head(&mut self) -> Result<u32, RingError> {
@@ -384,6 +408,7 @@ impl Ring {
                 }
             };
             self.next = (position + length) % self.ring_size;
+            self.fetched += u64::from(length);
             self.slots.push_back(match &entry {
                 Some(Entry::Command(command)) => {
                     Slot::Command { position, length, id: command.id, answer: None }
@@ -570,9 +595,13 @@ impl Ring {
         Ok(true)
     }
 
-    /// Gives the ring up: nothing is read or written any more.
+    /// Gives the ring up: nothing is read or written any more. The mapping goes as soon as no data of a command is
+    /// looked at, though somebody may still hold the ring: the kernel lets nobody else open the device before.
     pub fn abandon(&mut self) {
         self.dead = true;
+        if let Ok(nothing) = Mapping::anonymous() {
+            self.mapping = Arc::new(nothing);
+        }
     }
 
     /// Whether the ring was given up, by an error or by [`Ring::abandon`].
