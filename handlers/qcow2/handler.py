@@ -90,8 +90,8 @@ class Qcow2Handler(BlockHandler):
     def from_config(cls, config: str, options: Options) -> Self:
         """The text is the path.
 
-        `-o snapshot=NAME` serves an internal snapshot, read-only, `-o backing-root=DIR` says where backing files may be,
-        `-o compression=on` writes compressed clusters, and `off` plain ones; `-o level=N` says how hard it tries.
+        `-o snapshot=NAME` serves an internal snapshot, read-only. `-o backing-root=DIR` says where backing files may
+        be. `-o compression=on` writes compressed clusters, and `off` plain ones; `-o level=N` says how hard it tries.
         """
         cls._check_path(config)
         if options.create:
