@@ -1,0 +1,32 @@
+"""The part of libiscsi's suite that takes a minute: what is emulated, and not the kernel's. `make judges` runs all of it."""
+
+from __future__ import annotations
+
+from . import libiscsi
+from .everything import Everything, served
+
+SUITES = (
+    "ExtendedCopy",
+    "GetLBAStatus",
+    "Inquiry",
+    "ModeSense6",
+    "OrWrite",
+    "ReadCapacity16",
+    "ReceiveCopyResults",
+    "TestUnitReady",
+    "Unmap",
+    "Verify16",
+    "Write16",
+    "WriteAtomic16",
+    "WriteVerify16",
+)
+SLOW = ("SCSI.OrWrite.Simple", "SCSI.Verify16.Mismatch", "SCSI.WriteVerify16.Residuals")
+"""They take longer than all others together in an emulated machine."""
+
+
+def test_what_is_emulated_passes() -> None:
+    tests = [name for name in libiscsi.list_tests() if name.split(".")[1] in SUITES and name not in SLOW]
+    with served(Everything(32 << 20), name="disk", fabric="iscsi") as device:
+        score = libiscsi.run(f"iscsi://127.0.0.1:3260/{device.target}/0", tests)
+    print(score)
+    assert score.tests("passed") == tests, score.report("skipped", "failed")
