@@ -165,10 +165,12 @@ def test_killed_daemon_is_succeeded_and_the_initiator_sees_a_pause_only(image: P
 def test_copies_between_devices_are_an_option(copies: bool) -> None:
     data = os.urandom(1 << 20)
     options = ["--copies"] if copies else []
+    # sg_xcopy sends through /dev/sgN.
+    subprocess.run(["modprobe", "sg"], check=True)
     with (
         daemon("ram", *options),
         backstore("one", "ram/") as one,
-        backstore("two", "ram/") as two,
+        backstore("two", "ram/", 701) as two,
         disk(one) as source,
         disk(two) as target,
     ):

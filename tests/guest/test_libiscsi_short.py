@@ -1,4 +1,4 @@
-"""The part of libiscsi's suite that takes a minute: what is emulated, and not the kernel's. `make judges` runs all of it."""
+"""A minute of libiscsi's suite: what is emulated, and not the kernel's. All of it is in `make judges`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ SUITES = (
     "WriteAtomic16",
     "WriteVerify16",
 )
-SLOW = ("SCSI.OrWrite.Simple", "SCSI.Verify16.Mismatch", "SCSI.WriteVerify16.Residuals")
+SLOW = ("OrWrite.Simple", "OrWrite.Verify", "Unmap.Simple", "Verify16.Simple", "Verify16.Mismatch")
 """They take longer than all others together in an emulated machine."""
 
 
 def test_what_is_emulated_passes() -> None:
-    tests = [name for name in libiscsi.list_tests() if name.split(".")[1] in SUITES and name not in SLOW]
+    tests = [
+        name for name in libiscsi.list_tests() if name.split(".")[1] in SUITES and name.partition(".")[2] not in SLOW
+    ]
+    # First the one that wants to know of no copy: whose results are kept, the kernel does not tell.
+    tests.sort(key=lambda name: "ReceiveCopyResults" not in name)
     with served(Everything(32 << 20), name="disk", fabric="iscsi") as device:
         score = libiscsi.run(f"iscsi://127.0.0.1:3260/{device.target}/0", tests)
     print(score)
