@@ -22,6 +22,7 @@ from .image import Image
 from .log import SAVED_SECTOR, Chain, Log, Record
 from .pages import Cold
 from .refcounts import Refcounts
+from .scanner import Scanner
 from .space import Space
 from .tables import COMPRESSED, COPIED, OFFSET, SUBCLUSTERS, ZERO
 
@@ -40,6 +41,10 @@ _DESTAGERS = 2
 _PATIENCE = 64
 _ZEROES_AT_ONCE = 256
 """Clusters that are discarded before others may do something."""
+_TABLES_AT_ONCE = 1024
+_MANY_DROPPED = 4096
+_SMALL = 64 << 20
+"""Bytes of an image that is looked through at once, before the first change."""
 
 
 class _CacheFullError(Exception):
@@ -301,14 +306,12 @@ class Writer:
         size = 1 << tables.l2_bits
         if cluster % size or self._image.backing is not None:
             return 0
-        found = 0
-        while found + size <= count and not tables.l1((cluster + found) >> tables.l2_bits) & OFFSET:
-            if any(cached >> tables.l2_bits == (cluster + found) >> tables.l2_bits for cached in self._cache):
-                break
-            found += size
-            if found >= size * 1024:
-                break
-        return found
+        first = cluster >> tables.l2_bits
+        cached = {dirty >> tables.l2_bits for dirty in self._cache}
+        for number in range(min(count >> tables.l2_bits, _TABLES_AT_ONCE)):
+            if first + number in cached or tables.l1(first + number) & OFFSET:
+                return number << tables.l2_bits
+        return min(count >> tables.l2_bits, _TABLES_AT_ONCE) << tables.l2_bits
 
     def _zero(self, cluster: int) -> None:
         """A whole cluster is zero."""
@@ -356,6 +359,9 @@ class Writer:
                     await self._work.park()
                     continue
                 await self._try(self._destage, batch)
+                if len(self._changes.dropped) > _MANY_DROPPED:
+                    # What was freed is used again only after a record.
+                    await self._try(self.flush)
         finally:
             self._leave()
 
@@ -661,6 +667,7 @@ class Writer:
             if length:
                 self._space.free(offset, length)
             else:
+                self._changes.pending.discard(offset)
                 self._space.free_cluster(offset)
 
     async def checkpoint(self) -> None:
@@ -740,6 +747,7 @@ class Writer:
             for page in flying:
                 page.flying = False
             for offset in metadata:
+                self._changes.pending.discard(offset)
                 self._space.free_cluster(offset)
         finally:
             self._checkpointing = None
@@ -757,14 +765,25 @@ class Writer:
                 self._check()
                 with trio.CancelScope(shield=True):
                     await self._in_thread(self._announce)
-                self._begin()
+                    await self._begin()
 
-    def _begin(self) -> None:
+    async def _begin(self) -> None:
         """The tasks in the background. They end with `close`, as the handler has no nursery to lend them."""
         tasks = [self._destager] * _DESTAGERS + ([self._keeper] if self._idle is not None else [])
+        scanner = Scanner(self._image, self._changes, self._space, self.flush)
+        if self._space.end <= _SMALL:
+            await scanner.scan(self._closing)
+        else:
+            tasks.append(lambda: self._scan(scanner))
         self._background = len(tasks)
         for task in tasks:
             trio.lowlevel.spawn_system_task(task)
+
+    async def _scan(self, scanner: Scanner) -> None:
+        try:
+            await self._try(scanner.scan, self._closing)
+        finally:
+            self._leave()
 
     def _announce(self) -> None:
         """Makes the log, then says in the header that it is there. Blocks."""
@@ -790,6 +809,7 @@ class Writer:
         storage.fdatasync()
         self._pages.forget(0, self._pages.size)
         self._sector = sector
+        self._image.log_range = (end, end + size)
         self._open_space(end + size)
         self._log = Log(storage, place, self._pages.size)
 
@@ -810,6 +830,7 @@ class Writer:
             self._storage.fdatasync()
             if chain.turned is not None:
                 log.write_state(chain.turned)
+            self._image.log_range = (log.place.offset, log.place.offset + log.place.size)
             self._sector = self._storage.pread(log.place.offset + SAVED_SECTOR, SECTOR)
             end = max(self._storage.size, log.place.offset + log.place.size)
             last = Refcounts(self._pages, self._header).last_used(end >> self._bits)
@@ -822,7 +843,7 @@ class Writer:
         self._log = log
         await self.destage()
         await self.checkpoint()
-        self._begin()
+        await self._begin()
 
     async def close(self) -> None:
         """Writes everything back, and takes the log out of the file.
