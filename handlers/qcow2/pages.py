@@ -61,7 +61,7 @@ class Pages:
         limit: Bytes of clean pages to keep.
     """
 
-    def __init__(self, storage: Storage, cluster_size: int, *, limit: int = 16 << 20) -> None:
+    def __init__(self, storage: Storage, cluster_size: int, *, limit: int = 8 << 20) -> None:
         self.storage = storage
         self.size = min(PAGE, cluster_size)
         self.full = (1 << self.size // 8) - 1

@@ -11,14 +11,14 @@ SECTOR = 512
 _REGION_BITS = 20
 _REGION = 1 << (_REGION_BITS - 9)
 """Sectors of a region: its users are counted together."""
-_MAX_REGIONS = 16384
+_MAX_REGIONS = 8192
 """Regions whose sectors are counted: 2 KiB of memory each. In others only whole clusters are used again."""
 _EXACT = 64
 """Holes of up to so many sectors are found by their exact length."""
-_MAX_HOLES = 100_000
+_MAX_HOLES = 50_000
 _TRIES = 8
 """Holes of a length that are looked at, for one with the right alignment."""
-_STEP = 16 << 20
+_STEP = 8 << 20
 
 
 class Holes:
