@@ -20,7 +20,7 @@ from ._errors import (
 )
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
 from ._layers import Lower
-from ._native import Command, IoVec, __version__, debug_build
+from ._native import AesXts, Command, IoVec, __version__, debug_build
 from ._runtime import Device
 
 if debug_build:
@@ -29,6 +29,7 @@ if debug_build:
     warnings.warn("tcmu_rs._native is a debug build: many times slower than a release build", stacklevel=2)
 
 __all__ = [
+    "AesXts",
     "AttachedDevice",
     "BlockHandler",
     "Busy",

@@ -10,6 +10,7 @@ mod netlink;
 mod ring;
 mod simulator;
 mod unit;
+mod xts;
 
 mod exceptions {
     #![allow(missing_docs)]
@@ -39,6 +40,8 @@ mod _native {
     use super::simulator::Simulator;
     #[pymodule_export]
     use super::unit::LogicalUnit;
+    #[pymodule_export]
+    use super::xts::AesXts;
 
     /// The version of the package.
     #[pymodule_export]
