@@ -64,6 +64,7 @@ class FileHandler(BlockHandler):
     """
 
     max_in_flight = 32
+    persistent = True
     native_fua = True
     fills_reads = True
     discard_zeroes = True

@@ -103,6 +103,7 @@ class LuksHandler(BlockHandler):
         block_size: int | None = None,
         size: int | None = None,
     ) -> None:
+        self.persistent = lower.persistent
         self._lower = Lower(lower)
         self._header = None if header is None else Lower(header)
         self._key_provider = key_provider

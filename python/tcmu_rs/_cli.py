@@ -197,6 +197,8 @@ def attach(
     node are printed on one line, separated by a tab (the target's name for iSCSI, the configfs directory
     without a fabric). A second signal cancels what is still in flight.
 
+    If a killed server of the same SPEC has left the device behind, it is adopted: its users notice a pause only.
+
     \b
     Examples:
       tcmu-rs attach file:/var/tmp/disk.img --size 10G --create
@@ -224,7 +226,9 @@ def attach(
         place = device.path or device.target or device.configfs
         print(json.dumps(record) if as_json else f"{device.name}\t{place}", flush=True)
 
-    attaching = functools.partial(_attach.attach, handler, spec=f"{handler_name}:{config}", **device_options)
+    attaching = functools.partial(
+        _attach.attach, handler, spec=f"{handler_name}:{config}", adopt=True, **device_options
+    )
     trio.run(_serve_until_signal, attaching, announce)
 
 

@@ -79,12 +79,16 @@ class Handler:
         size: Bytes of the medium; for other devices than disks what the kernel should believe.
         block_size: Bytes of a logical block.
         max_in_flight: How many commands may run at once. With 1 there is no concurrency to think of.
+        persistent: What a command that was answered has stored is found by the next process that opens the same
+            configuration, even if this one was killed. Without that promise no other process goes on with the device:
+            its initiators would find a disk that has forgotten what they wrote.
     """
 
     api_version: ClassVar[int] = API_VERSION
     size: int
     block_size: int = 512
     max_in_flight: int = 1
+    persistent: bool = False
 
     @classmethod
     def from_config(cls, config: str, options: Options) -> Self:

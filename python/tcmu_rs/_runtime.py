@@ -693,7 +693,7 @@ async def serve_uio(
     *,
     name: str,
     wwn: str,
-    take_over: bool = False,
+    claimed: int | None = None,
     strict: bool = False,
     grace: float = GRACE,
     before_stop: Callable[[], None] | None = None,
@@ -706,8 +706,8 @@ async def serve_uio(
         uio: The device; nobody else may have it open.
         name: For the log.
         wwn: The backstore's unit serial number.
-        take_over: Another process may have served the device before, and initiators may use it now: what that process
-            left unanswered is given back to them as BUSY. The device is unblocked when commands flow.
+        claimed: The node, open already, of a device that is blocked and whose ring is empty (`_adoption.Claim.fence`).
+            It is unblocked when commands flow. The descriptor stays the caller's.
         strict: As for `serve_ring`.
         grace: As for `serve_ring`.
         before_stop: As for `serve_ring`.
@@ -717,13 +717,8 @@ async def serve_uio(
         OSError: The device cannot be opened; EBUSY if another process serves it.
         DeviceError: The device went away, or its shared memory is corrupt.
     """
-    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if claimed is None else claimed
     try:
-        if take_over:
-            # Opened first: the kernel trips over the reset of a device that nobody ever opened. Entries of the
-            # process before us cannot be continued: its answers may lie in the slots of commands that still run.
-            await trio.to_thread.run_sync(_action, uio, "block_dev", 1)
-            await trio.to_thread.run_sync(_action, uio, "reset_ring", 1)
 
         async def serve(task_status: trio.TaskStatus[Device]) -> None:
             await serve_ring(
@@ -741,7 +736,7 @@ async def serve_uio(
                 task_status=task_status,
             )
 
-        if not take_over:
+        if claimed is None:
             await serve(task_status)
             return
         async with trio.open_nursery() as nursery:
@@ -749,4 +744,5 @@ async def serve_uio(
             await trio.to_thread.run_sync(_action, uio, "block_dev", 0)
             task_status.started(device)
     finally:
-        os.close(fd)
+        if claimed is None:
+            os.close(fd)
