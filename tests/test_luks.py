@@ -23,10 +23,11 @@ from cryptography.hazmat.primitives.kdf import argon2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tcmu_rs import IoVec, Options, ScsiError, _cli
+from tcmu_rs import AesXts, IoVec, Options, ScsiError, _cli
 from tcmu_rs.handlers.file import FileHandler
 from tcmu_rs.handlers.luks import LuksError, LuksHandler, WrongPassphraseError, cipher, format_luks, kdf, keys, luks2
-from tcmu_rs.handlers.luks.handler import STAGE, parse_header
+from tcmu_rs.handlers.luks.container import parse_header
+from tcmu_rs.handlers.luks.handler import STAGE
 from tcmu_rs.handlers.luks.volume import Volume
 from tcmu_rs.testing import simulated
 
@@ -61,52 +62,106 @@ XTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", [cipher.KeptXts, cipher.FreshXts])
+@pytest.mark.parametrize("kind", [AesXts, cipher.KeptXts, cipher.FreshXts])
 @pytest.mark.parametrize(("key_", "number", "begins"), XTS)
-def test_xts_vectors(kind: type[cipher.SectorCipher], key_: str, number: int, begins: str) -> None:
-    sectors = kind(bytearray.fromhex(key_), 512)  # type: ignore[call-arg]
+def test_xts_vectors(kind: Callable[..., cipher.SectorCipher], key_: str, number: int, begins: str) -> None:
+    sectors = kind(bytearray.fromhex(key_), 512)
     data = bytearray(XTS_PLAIN)
-    sectors.encrypt(number, [memoryview(data)])
-    assert data.hex().startswith(begins)
-    sectors.decrypt(number, [memoryview(data)])
-    assert data == XTS_PLAIN
+    encrypted = bytearray(512)
+    sectors.encrypt(number, IoVec([data]), IoVec([encrypted]))
+    assert encrypted.hex().startswith(begins) and data == XTS_PLAIN
+    sectors.decrypt(number, IoVec([encrypted]))
+    assert encrypted == XTS_PLAIN
 
 
 def test_contexts_are_kept_with_this_version() -> None:
-    assert cipher.KEEPS_CONTEXTS
+    assert cipher.keeps_contexts()
 
 
-def test_a_version_that_cannot_keep_contexts_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_way_that_is_right_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Processor:
+        @staticmethod
+        def hardware_accelerated() -> bool:
+            return False
+
     class Broken(cipher.KeptXts):
-        def encrypt(self, number: int, sectors: Any) -> None:
-            super().encrypt(0, sectors)
+        def _encrypt(self, number: int, sector: memoryview) -> None:
+            super()._encrypt(0, sector)
 
+    def made() -> type:
+        return type(cipher.make_cipher("aes-xts-plain64", bytearray(range(64)), 512))
+
+    assert made() is (AesXts if AesXts.hardware_accelerated() else cipher.KeptXts)
+    monkeypatch.setattr(cipher, "AesXts", Processor)
+    assert made() is cipher.KeptXts
     monkeypatch.setattr(cipher, "KeptXts", Broken)
+    cipher.keeps_contexts.cache_clear()
     assert not cipher.keeps_contexts()
-    monkeypatch.setattr(cipher, "KEEPS_CONTEXTS", False)
-    assert type(cipher.make_cipher("aes-xts-plain64", bytearray(range(64)), 512)) is cipher.FreshXts
+    assert made() is cipher.FreshXts
+    monkeypatch.undo()
+    cipher.keeps_contexts.cache_clear()
 
 
 @given(
     key_=st.binary(min_size=32, max_size=32) | st.binary(min_size=64, max_size=64),
     sector_size=st.sampled_from(cipher.SECTOR_SIZES),
-    number=st.integers(0, 2**64 - 64),
-    count=st.integers(1, 5),
+    number=st.integers(0, 2**64 - 2000),
+    count=st.integers(1, 140),
+    cuts=st.lists(st.integers(0, 1 << 16), max_size=4),
     seed=st.integers(),
 )
 @settings(deadline=None)
-def test_kept_contexts_do_as_fresh_ones(key_: bytes, sector_size: int, number: int, count: int, seed: int) -> None:
-    # Halves that are equal are refused by OpenSSL: such a key is none.
+def test_every_way_of_xts_does_the_same(
+    key_: bytes, sector_size: int, number: int, count: int, cuts: list[int], seed: int
+) -> None:
+    # Halves that are equal are refused: such a key is none.
     key_ = key_[:-1] + bytes([key_[len(key_) // 2 - 1] ^ 1])
+    count = min(count, (1 << 16) // sector_size)
     plain = random.Random(seed).randbytes(count * sector_size)
-    kept, fresh = cipher.KeptXts(bytearray(key_), sector_size), cipher.FreshXts(bytearray(key_), sector_size)
-    one, other = bytearray(plain), bytearray(plain)
-    kept.encrypt(number, cipher.split(memoryview(one), sector_size))
-    fresh.encrypt(number, cipher.split(memoryview(other), sector_size))
-    assert one == other != plain
-    kept.decrypt(number, cipher.split(memoryview(one), sector_size))
-    fresh.decrypt(number, cipher.split(memoryview(other), sector_size))
-    assert one == other == plain
+    found = set()
+    ends = [0, *sorted(cut % len(plain) for cut in cuts), len(plain)]
+    for kind in (AesXts, cipher.KeptXts, cipher.FreshXts):
+        sectors = kind(bytearray(key_), sector_size)
+        encrypted = bytearray(len(plain))
+        sectors.encrypt(number, IoVec([plain[: len(plain) // 3], plain[len(plain) // 3 :]]), IoVec([encrypted]))
+        found.add(bytes(encrypted))
+        # The memory is in pieces that are no whole sectors.
+        view = memoryview(encrypted)
+        sectors.decrypt(number, IoVec([view[start:stop] for start, stop in itertools.pairwise(ends)]))
+        assert encrypted == plain
+    assert len(found) == 1 and found != {plain}
+
+
+@pytest.mark.parametrize(
+    ("key_", "sector_size", "said"),
+    [
+        (bytes(range(48)), 512, "48 bytes is none"),
+        (bytes(range(65)), 512, "more than 64 bytes"),
+        (b"", 512, "equal"),
+        (bytes(64), 512, "both halves of the key are equal"),
+        (bytes(range(64)), 768, "sectors of 768 bytes"),
+        (bytes(range(64)), 8192, "sectors of 8192 bytes"),
+    ],
+)
+def test_keys_and_sectors_that_are_none(key_: bytes, sector_size: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AesXts(key_, sector_size)
+
+
+def test_only_whole_sectors_are_encrypted() -> None:
+    sectors = AesXts(bytes(range(64)), 512)
+    data = bytearray(b"x" * 1024)
+    with pytest.raises(ValueError, match="1000 bytes are not whole sectors of 512"):
+        sectors.decrypt(0, IoVec([data[:1000]]))
+    with pytest.raises(ValueError, match="source has 512 bytes, the IoVec 1024"):
+        sectors.encrypt(0, IoVec([data[:512]]), IoVec([data]))
+    with pytest.raises(ValueError, match="64 bits"):
+        sectors.decrypt(2**64 - 1, IoVec([data]))
+    with pytest.raises(TypeError, match="read-only"):
+        sectors.decrypt(0, IoVec([bytes(data)]))
+    with pytest.raises(TypeError, match="read-only"):
+        sectors.encrypt(0, IoVec([data]), IoVec([bytes(data)]))
+    assert data == b"x" * 1024
 
 
 def test_pbkdf2_vectors() -> None:
@@ -577,7 +632,7 @@ def test_the_sectors_are_those_of_the_reference() -> None:
         trio.run(write)
         expected = bytearray(plain)
         reference = cipher.FreshXts(secret, sector_size)
-        reference.encrypt(0, cipher.split(memoryview(expected), sector_size))
+        reference.encrypt(0, IoVec([expected]), IoVec([expected]))
         assert memory.data[OFFSET:] == expected
 
 

@@ -21,6 +21,7 @@ from ._errors import (
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
 from ._layers import Lower
 from ._native import AesXts, Command, IoVec, __version__, debug_build
+from ._registry import handler_below
 from ._runtime import Device
 
 if debug_build:
@@ -59,5 +60,6 @@ __all__ = [
     "attach",
     "blocking",
     "copy",
+    "handler_below",
     "serve",
 ]

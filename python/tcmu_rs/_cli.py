@@ -165,6 +165,7 @@ def _options(
         read_only=read_only,
         block_size=int(block_size) if block_size else None,
         extra=dict(extra),
+        interactive=True,
     )
 
 

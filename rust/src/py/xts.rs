@@ -76,19 +76,12 @@ impl AesXts {
         aes::hardware_accelerated()
     }
 
-    /// Encrypts whole sectors of `source` into `target`, a writable buffer of as many bytes.
+    /// Encrypts whole sectors of `source` into `target`, which has as many bytes and may be the same memory.
     #[pyo3(signature = (number, source, target, /))]
-    fn encrypt(
-        &self,
-        py: Python<'_>,
-        number: u64,
-        source: &IoVec,
-        target: &Bound<'_, PyAny>,
-    ) -> PyResult<()> {
+    fn encrypt(&self, py: Python<'_>, number: u64, source: &IoVec, target: &IoVec) -> PyResult<()> {
         self.check(number, source.nbytes())?;
-        let target = IoVec::of_object(target)?;
         target.check_length(source.nbytes(), "the source")?;
-        self.transform(py, Direction::Encrypt, number, source, &target)
+        self.transform(py, Direction::Encrypt, number, source, target)
     }
 
     /// Decrypts whole sectors where they are.
