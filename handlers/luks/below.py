@@ -28,9 +28,12 @@ class Below:
         self.header = self.own.pop("header", None)
         texts = [config] if self.header is None else [config, self.header]
         self.layers = [handler_below(text) for text in texts]
+        self._made: BlockHandler | None = None
 
     def open_data(self) -> BlockHandler:
         """The handler of what holds the data, not open yet."""
+        if self._made is not None:
+            return self._made
         kind, config = self.layers[0]
         return _block_handler(kind.from_config(config, self._options))
 
@@ -50,8 +53,8 @@ class Below:
             for (kind, config), wanted in zip(self.layers, sizes, strict=False):
                 handler = await kind.create(config, replace(self._below(done), size=wanted, create=True))
                 done += 1
-                if handler is not None:
-                    await handler.aclose()
+                if done == 1 and handler is not None:
+                    self._made = _block_handler(handler)
             async with opened(self.open_header(read_only=False) or self.open_data()) as lower:
                 await write_pieces(lower, made.pieces)
         except BaseException:

@@ -20,7 +20,7 @@ from . import container, keys, luks2
 from ._errors import LuksError
 from .below import Below
 from .cipher import UNIT, check_cipher, make_cipher
-from .kdf import wipe
+from .kdf import VolumeKey, wipe
 from .keys import KeyProvider, Secret
 from .volume import NewContainer, Volume
 
@@ -101,7 +101,7 @@ class LuksHandler(BlockHandler):
         self._wanted_read_only = read_only
         self._wanted_block_size = block_size
         self._wanted_size = size
-        self._made_key: bytearray | None = None
+        self._made_key: VolumeKey | None = None
         self._stack = AsyncExitStack()
 
     # From the command line.
@@ -181,7 +181,7 @@ class LuksHandler(BlockHandler):
             "key-file, key-file-2 and so on, passphrase-fd, credential, header, version, sector-size, key-size, "
             "iter-time, label and lower.KEY",
         )
-        volume_key = bytearray(secrets.token_bytes(key_size // 8))
+        volume_key = VolumeKey(secrets.token_bytes(key_size // 8))
 
         def prepare() -> NewContainer:
             keys.forbid_core_dumps()
@@ -191,13 +191,8 @@ class LuksHandler(BlockHandler):
             finally:
                 wipe(*(passphrase for passphrase in passphrases if isinstance(passphrase, bytearray)))
 
-        try:
-            made = await trio.to_thread.run_sync(prepare, abandon_on_cancel=True)
-            await below.create(made, options.size)
-        except BaseException:
-            wipe(volume_key)
-            raise
-        handler = cls(below.open_data(), _only_once, header=below.open_header(read_only=True))
+        await below.create(await trio.to_thread.run_sync(prepare, abandon_on_cancel=True), options.size)
+        handler = cls(below.open_data(), _not_asked, header=below.open_header(read_only=True))
         handler._made_key = volume_key
         return handler
 
@@ -256,12 +251,9 @@ class LuksHandler(BlockHandler):
     async def _unlock(self, volume: Volume, areas: Mapping[int, bytes]) -> bytearray:
         secret: Secret
         if self._made_key is not None:
-            try:
-                if await trio.to_thread.run_sync(volume.digest.fits, self._made_key):
-                    return bytearray(self._made_key)
-                raise LuksError("this is not the container that was made a moment ago")
-            finally:
-                self._forget_made_key()
+            if await trio.to_thread.run_sync(volume.digest.fits, self._made_key):
+                return bytearray(self._made_key)
+            raise LuksError("this is not the container that was made a moment ago")
         if inspect.iscoroutinefunction(self._key_provider):
             secret = await self._key_provider(volume.uuid)
         else:
@@ -272,11 +264,6 @@ class LuksHandler(BlockHandler):
         finally:
             if isinstance(secret, bytearray):
                 wipe(secret)
-
-    def _forget_made_key(self) -> None:
-        if self._made_key is not None:
-            wipe(self._made_key)
-            self._made_key = None
 
     def _settle(self, volume: Volume) -> None:
         """Takes over the container's geometry and what the handler below can do.
@@ -329,7 +316,6 @@ class LuksHandler(BlockHandler):
 
     async def aclose(self) -> None:
         """Forgets the key and closes what is below."""
-        self._forget_made_key()
         await self._stack.aclose()
 
     def _forget(self) -> None:
@@ -440,8 +426,8 @@ def _header_of(config: str, options: Options, *, writable: bool = False) -> Bloc
     return below.open_header(read_only=not writable) or below.open_data()
 
 
-def _only_once(uuid: str) -> Secret:
-    raise ValueError(f"the key of {uuid} was known only once, after it was made: make another handler")
+def _not_asked(uuid: str) -> Secret:
+    raise AssertionError(f"the key of {uuid} is known: it was just made")
 
 
 def _positive(extra: dict[str, str], name: str, default: int) -> int:

@@ -213,6 +213,14 @@ def af_split(key: bytearray, algorithm: str) -> bytearray:
     return stripes + _xor(state, key)
 
 
+class VolumeKey(bytearray):
+    """A key that is overwritten when the object goes."""
+
+    def __del__(self) -> None:
+        """Overwrites it."""
+        wipe(self)
+
+
 def wipe(*secrets_: bytearray) -> None:
     """Overwrites keys that are not needed any more."""
     for secret in secrets_:

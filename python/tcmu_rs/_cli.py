@@ -265,6 +265,9 @@ def daemon(names: Sequence[str], replies: bool) -> None:
     left alone. When the daemon ends, its devices stay and are blocked: initiators are told that they are busy until a
     daemon serves them again.
 
+    Options of a handler stand behind the configuration, each after a semicolon: /var/tmp/x.luks;key-file=/etc/x.key.
+    Everybody can read a configuration, so there is no option that takes a passphrase itself.
+
     With --replies the kernel waits for an answer when a device is made, so that one whose storage cannot be opened is
     refused at once. The switch holds for the whole machine, and outlives the daemon: while it is on, whoever makes a
     device that no daemon serves waits for ever.
@@ -426,10 +429,7 @@ def create(
 
 
 async def _create(handler_class: Any, config: str, options: Any) -> None:
-    handler = await handler_class.create(config, options)
-    if handler is not None:
-        # It was never opened; but it may hold what has to be forgotten.
-        await handler.aclose()
+    await handler_class.create(config, options)
 
 
 @main.command()

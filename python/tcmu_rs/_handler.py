@@ -133,9 +133,9 @@ class Handler:
         Of storage that is new every byte reads as one that was discarded.
 
         Returns:
-            A handler of what was made, to be opened or only closed by the caller; or None, and then `from_config` with
-            the same text and options has to do. Return one where `from_config` would not take the options, or would ask
-            for a secret again.
+            A handler of what was made, not open, which may be opened more than once; or None, and then `from_config`
+            with the same text and options has to do. Return one where `from_config` would not take the options, or
+            would ask for a secret again.
         """
         raise ValueError(f"{cls.__name__} has no storage to create")
 

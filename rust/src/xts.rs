@@ -305,7 +305,7 @@ mod tests {
             let (key, size) = (&key[..if short { 32 } else { 64 }], 512usize << shift);
             // More sectors than get their tweaks at once, in at most 40 KiB: the reference is slow.
             let count = count.min(80 * 512 / size);
-            let plain: Vec<u8> = (0..count * size).map(|at| (at * 31 >> 3) as u8 ^ seed).collect();
+            let plain: Vec<u8> = (0..count * size).map(|at| ((at * 31) >> 3) as u8 ^ seed).collect();
             let xts = Xts::new(key, size).unwrap();
             let mut ours = plain.clone();
             xts.apply(Direction::Encrypt, number, &mut ours);
