@@ -10,7 +10,7 @@ import errno
 import functools
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -227,6 +227,18 @@ def _leaves(error: BaseException) -> list[BaseException]:
     if not isinstance(error, BaseExceptionGroup):
         return [error]
     return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+
+
+def fence_unserved(handlers: Container[str]) -> None:
+    """Has the kernel answer "busy" for the devices of these handlers that nobody serves. Blocking."""
+    for uio in _sysfs.scan():
+        if uio.config.partition("/")[0] in handlers:
+            with suppress(OSError, _lio.LioError):
+                claim = _adoption.Claim(_lio.Backstore(uio.name, uio.hba, ""), uio)
+                try:
+                    claim.fence()
+                finally:
+                    claim.close()
 
 
 async def serve_all(

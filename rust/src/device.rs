@@ -40,6 +40,7 @@ use crate::scsi::LogicalUnit;
 use crate::scsi::opcodes::{Direction, find};
 use crate::scsi::sense::{Sense, SenseFormat};
 use crate::scsi::{DataBuffer, Next, Reply, Status, Step, StepResult, Task, Verb};
+use crate::statistics::{Asked, Call, FULL, Statistics, Time, Weight};
 
 /// What ends a device. A command that fails is not among it: that is an answer.
 #[derive(Debug, thiserror::Error)]
@@ -91,8 +92,12 @@ pub struct Device {
     parking: Parking<Response>,
     exclusion: Exclusion<(Arc<Claim>, Step)>,
     wake: OnceLock<OwnedFd>,
+    /// Entries that the last drain had to leave: up to which of [`Ring::seen`], and when it left them.
+    left: Mutex<Option<(u64, Time)>>,
     /// What happened so far.
     pub counters: Counters,
+    /// The same in more detail, and how long it took.
+    pub statistics: Statistics,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -121,7 +126,9 @@ impl Device {
             parking: Parking::default(),
             exclusion: Exclusion::default(),
             wake: OnceLock::new(),
+            left: Mutex::default(),
             counters: Counters::default(),
+            statistics: Statistics::default(),
         })
     }
 
@@ -161,11 +168,28 @@ impl Device {
             Err(error) => return Err(io::Error::from(error).into()),
         }
         let mut work = Vec::new();
+        let now = Time::now();
+        let left = lock(&self.left).take();
+        let full = {
+            let mut ring = lock(&self.ring);
+            ring.seen()? - ring.fetched() >= FULL
+        };
+        let (mut new, mut old) = (0, 0);
+        let mut empty = false;
         for _ in 0..limit {
             // The lock is not held over the emulation, nor over the drop of a claim.
-            let entry = lock(&self.ring).fetch()?;
+            let (entry, fetched) = {
+                let mut ring = lock(&self.ring);
+                (ring.fetch()?, ring.fetched())
+            };
+            if entry.is_some() {
+                *(if left.is_some_and(|(seen, _)| fetched <= seen) { &mut old } else { &mut new }) += 1;
+            }
             match entry {
-                None => break,
+                None => {
+                    empty = true;
+                    break;
+                }
                 Some(Entry::TaskManagement(tmr)) => {
                     self.abort_waiting(&tmr)?;
                     if let (abi::tmr::LUN_RESET, Some(unit)) = (tmr.kind, &self.unit) {
@@ -187,6 +211,10 @@ impl Device {
                         answered: AtomicBool::new(false),
                         place: Mutex::default(),
                         outlived_by: AtomicUsize::new(0),
+                        fetched: now,
+                        weight: self.statistics.weight(full),
+                        begun: AtomicU64::new(0),
+                        called: AtomicBool::new(false),
                     });
                     if intercept || self.unit.is_none() {
                         work.push(Work::Command(claim));
@@ -201,6 +229,11 @@ impl Device {
                     }
                 }
             }
+        }
+        self.statistics.fetched(new, old, left.map_or(0, |(_, since)| now.since(since)));
+        if !empty {
+            let seen = lock(&self.ring).seen()?;
+            *lock(&self.left) = Some((seen, now));
         }
         Ok(work)
     }
@@ -264,6 +297,7 @@ impl Device {
             return Ok(());
         }
         let event = self.event()?;
+        self.statistics.committed();
         self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
         match rustix::io::write(&*event, &1u32.to_ne_bytes()) {
             // A full socket (the simulator's) has been rung often enough.
@@ -389,6 +423,13 @@ pub struct Claim {
     place: Mutex<Place>,
     /// Views that were left at the answer.
     outlived_by: AtomicUsize,
+    fetched: Time,
+    /// Whether it is timed.
+    weight: Weight,
+    /// When the handler was called for the present step; 0 before the first, 1 if it is not timed.
+    begun: AtomicU64,
+    /// Whether the handler has returned from an earlier step.
+    called: AtomicBool,
 }
 
 impl Claim {
@@ -475,6 +516,41 @@ impl Claim {
         let Place { task, hold } = std::mem::take(&mut *lock(&self.place));
         drop(task);
         self.device.exclusion.leave(self.id.0, hold);
+    }
+
+    /// How long ago the command was fetched, in nanoseconds.
+    #[must_use]
+    pub fn age(&self) -> u64 {
+        Time::now().since(self.fetched)
+    }
+
+    /// The handler is called now.
+    pub fn begin(&self) {
+        let now = if self.weight == 0 { 1 } else { Time::now().0 };
+        self.begun.store(now, Ordering::Relaxed);
+    }
+
+    /// Runs `then`, which goes on with the command, for a handler that has returned from what it was `asked`, or has
+    /// raised; counts that call, if there was one.
+    pub fn returned<T>(&self, asked: Asked, failed: bool, then: impl FnOnce() -> T) -> T {
+        let begun = Time(self.begun.load(Ordering::Relaxed));
+        if begun == Time::default() {
+            return then();
+        }
+        self.device.statistics.called(asked, failed);
+        let weight = self.weight;
+        if weight == 0 {
+            return then();
+        }
+        let returned = Time::now();
+        let early = self.is_answered();
+        let result = then();
+        let answered = !early && self.is_answered();
+        // The next step begins where this one ends.
+        self.begun.store(returned.0, Ordering::Relaxed);
+        let fetched = (!self.called.swap(true, Ordering::Relaxed)).then_some(self.fetched);
+        self.device.statistics.timed(&Call { asked, weight, fetched, begun, returned, answered });
+        result
     }
 
     /// The step succeeded, with `result`: returns the next one, or `None` if there is no more to do. The command is
@@ -568,6 +644,7 @@ impl Claim {
         if self.answered.swap(true, Ordering::AcqRel) {
             return Ok(Answered::Already);
         }
+        self.device.statistics.answered(&reply);
         let response = self.response(reply);
         let complete = |response| lock(&self.device.ring).complete(self.id, response);
         let answered = self.device.parking.close(self.id, &self.lease, |closed| match closed {

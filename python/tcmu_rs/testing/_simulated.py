@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -204,6 +205,7 @@ async def simulated(
     name: str = "simulated",
     strict: bool = True,
     grace: float = GRACE,
+    deadline: float = math.inf,
     ring_size: int | None = None,
     data_size: int | None = None,
     data_block_size: int | None = None,
@@ -217,6 +219,7 @@ async def simulated(
         name: For the log; the WWN is derived from it.
         strict: Exceptions that a handler must not raise come out of the block, as tests want it.
         grace: Seconds for commands in flight at the end.
+        deadline: Seconds that a command may take.
         ring_size: Bytes of mailbox and ring, a multiple of 4096 (1 MiB).
         data_size: Bytes of the data area (64 MiB).
         data_block_size: Bytes of a block of the data area, a multiple of 4096 (4096).
@@ -249,6 +252,7 @@ async def simulated(
                 naa=b"\x60" + wwn[:15],
                 strict=strict,
                 grace=grace,
+                deadline=deadline,
                 free_kept=disk._free_kept,
                 task_status=task_status,
             )

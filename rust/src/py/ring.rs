@@ -4,6 +4,7 @@ use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use hdrhistogram::Histogram;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
@@ -14,6 +15,7 @@ use crate::device::{Claim, Device, DeviceError, Started, Work};
 use crate::mapping::Mapping;
 use crate::scsi::sense::{Sense, SenseKey};
 use crate::scsi::{BlockState, DataBuffer, MediumExtent, Reply, Status, Step, StepBuffer, StepResult, Verb};
+use crate::statistics::Asked;
 
 /// One device's ring and doorbell.
 #[pyclass(frozen, module = "tcmu_rs._native")]
@@ -135,14 +137,26 @@ impl Ring {
         Ok(self.device.reap()?)
     }
 
-    /// Counters since the start.
+    /// Counters since the start. Times are in nanoseconds; a histogram is None, or a tuple of count, sum, least, most,
+    /// percentiles 50, 90, 99 and 99.9, and the counts of the times below each power of two.
     fn statistics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let counters = &self.device.counters;
+        let found = self.device.statistics.snapshot();
         let dict = PyDict::new(py);
         dict.set_item("commands", counters.commands.load(Ordering::Relaxed))?;
         dict.set_item("emulated", counters.emulated.load(Ordering::Relaxed))?;
         dict.set_item("doorbells", counters.doorbells.load(Ordering::Relaxed))?;
         dict.set_item("wakeups", counters.wakeups.load(Ordering::Relaxed))?;
+        dict.set_item("batches", found.batches)?;
+        let stages = found.stages.as_deref();
+        dict.set_item("ring_wait", stages.map(|stages| summary(&stages.ring_wait)))?;
+        dict.set_item("dispatch", stages.map(|stages| summary(&stages.dispatch)))?;
+        dict.set_item("completion", stages.map(|stages| summary(&stages.completion)))?;
+        let calls: Vec<_> = std::iter::zip(&found.calls, &found.handler)
+            .map(|(calls, handler)| (calls.count, calls.bytes, handler.as_deref().map(summary)))
+            .collect();
+        dict.set_item("calls", calls)?;
+        dict.set_item("failures", found.failures.into_iter().collect::<Vec<_>>())?;
         Ok(dict)
     }
 
@@ -150,6 +164,16 @@ impl Ring {
     fn close(&self) {
         self.device.close();
     }
+}
+
+type Summary = (u64, f64, u64, u64, [u64; 4], Vec<u64>);
+
+fn summary(histogram: &Histogram<u64>) -> Summary {
+    let at = |percentile| histogram.value_at_percentile(percentile);
+    // The bound of the first bucket is 1 ns: each next one has twice that.
+    let buckets = histogram.iter_log(1, 2.0).map(|bucket| bucket.count_since_last_iteration()).collect();
+    let sum = histogram.mean() * histogram.len() as f64;
+    (histogram.len(), sum, histogram.min(), histogram.max(), [50.0, 90.0, 99.0, 99.9].map(at), buckets)
 }
 
 impl Ring {
@@ -191,9 +215,14 @@ impl Command {
         more
     }
 
+    fn asked(&self) -> Asked {
+        lock(&self.step).as_ref().map_or(Asked::Command, |step| Asked::Step(step.verb, step.length))
+    }
+
     fn answer(&self, reply: Reply) -> PyResult<()> {
+        let failed = reply.status != Status::Good;
+        self.claim.returned(self.asked(), failed, || self.claim.answer(reply))?;
         self.set(None);
-        self.claim.answer(reply)?;
         Ok(())
     }
 
@@ -223,6 +252,18 @@ impl Command {
     #[getter]
     fn verb(&self) -> Option<u8> {
         lock(&self.step).as_ref().map(|step| step.verb as u8)
+    }
+
+    /// The handler is called now: for this verb, or for all of the command if it is None.
+    fn begin(&self) -> Option<u8> {
+        self.claim.begin();
+        self.verb()
+    }
+
+    /// Nanoseconds since the command was fetched.
+    #[getter]
+    fn age(&self) -> u64 {
+        self.claim.age()
     }
 
     /// Where, in bytes.
@@ -299,7 +340,9 @@ impl Command {
     /// Raises RuntimeError, and answers nothing, if a read left Data-In unwritten.
     fn advance(&self, py: Python<'_>) -> PyResult<bool> {
         let unwritten = || Err(PyRuntimeError::new_err("read() returned without filling its IoVec"));
-        let result = match &*lock(&self.step) {
+        let mut step = lock(&self.step);
+        let asked = step.as_ref().map_or(Asked::Command, |step| Asked::Step(step.verb, step.length));
+        let result = match &*step {
             Some(Step { verb: Verb::Read, buffer: StepBuffer::Command(_), length: 1.., .. })
                 if !self.claim.is_filled() =>
             {
@@ -314,7 +357,8 @@ impl Command {
             }
             _ => StepResult::None,
         };
-        Ok(self.set(self.claim.advance(result)?))
+        *step = self.claim.returned(asked, false, || self.claim.advance(result))?;
+        Ok(step.is_some())
     }
 
     /// What the handler answered to the verb for extents: lengths in bytes, and states with the codes of GET LBA

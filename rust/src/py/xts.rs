@@ -21,7 +21,7 @@ pub struct AesXts {
 impl AesXts {
     fn check(&self, number: u64, nbytes: usize) -> PyResult<()> {
         let size = self.xts.sector_size();
-        if nbytes % size != 0 {
+        if !nbytes.is_multiple_of(size) {
             return Err(PyValueError::new_err(format!("{nbytes} bytes are not whole sectors of {size}")));
         }
         match number.checked_add((nbytes / 512) as u64) {
