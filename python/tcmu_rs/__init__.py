@@ -2,6 +2,7 @@
 
 from ._attach import AttachedDevice, attach, serve
 from ._copy import Progress, copy
+from ._domain import CopyDomain
 from ._errors import (
     Busy,
     CopyError,
@@ -35,6 +36,7 @@ __all__ = [
     "BlockHandler",
     "Busy",
     "Command",
+    "CopyDomain",
     "CopyError",
     "Device",
     "DeviceError",

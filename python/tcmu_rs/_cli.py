@@ -266,8 +266,9 @@ def attach(
 @main.command()
 @click.argument("names", nargs=-1, metavar="[HANDLER]...")
 @click.option("--replies", is_flag=True, help="Let the kernel wait for us when devices are made: see below.")
+@click.option("--copies", is_flag=True, help="Let initiators copy between the devices.")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
-def daemon(names: Sequence[str], replies: bool, supervise: bool) -> None:
+def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool) -> None:
     """Serve the devices that targetcli and other programs make.
 
     Serves every user-backed device whose configuration begins with one of the HANDLERs (all that are installed, if
@@ -282,6 +283,9 @@ def daemon(names: Sequence[str], replies: bool, supervise: bool) -> None:
     refused at once. The switch holds for the whole machine, and outlives the daemon: while it is on, whoever makes a
     device that no daemon serves waits for ever.
 
+    With --copies initiators may copy between the devices (EXTENDED COPY). Whoever can write to one of them can then
+    read and write all others, too.
+
     \b
     Examples:
       tcmu-rs daemon
@@ -289,6 +293,7 @@ def daemon(names: Sequence[str], replies: bool, supervise: bool) -> None:
       targetcli /backstores/user:file create disk1 10G /var/tmp/disk.img
     """
     from . import _daemon, _serving
+    from ._domain import CopyDomain
 
     handlers = {name: _registry.load(name) for name in names} if names else _installed()
     leash = None
@@ -301,9 +306,9 @@ def daemon(names: Sequence[str], replies: bool, supervise: bool) -> None:
         if leash is None or leash.first:
             print(f"serving devices of {', '.join(handlers)}", flush=True)
 
-    trio.run(
-        _serving.serve_until_signal, functools.partial(_daemon.serving, handlers, replies=replies), announce, leash
-    )
+    copy_domain = CopyDomain() if copies else None
+    serve = functools.partial(_daemon.serving, handlers, replies=replies, copy_domain=copy_domain)
+    trio.run(_serving.serve_until_signal, serve, announce, leash)
 
 
 def _installed() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from . import _adoption, _control, _lio, _sysfs
+from ._domain import CopyDomain
 from ._errors import DeviceError
 from ._handler import Handler, Options, check
 from ._netlink import DeviceEvents, Rescan
@@ -55,10 +56,17 @@ class _Service:
 class Daemon:
     """The devices being served; made by `serve_all`."""
 
-    def __init__(self, handlers: Mapping[str, type[Handler]], events: DeviceEvents, grace: float) -> None:
+    def __init__(
+        self,
+        handlers: Mapping[str, type[Handler]],
+        events: DeviceEvents,
+        grace: float,
+        copy_domain: CopyDomain | None,
+    ) -> None:
         self._handlers = handlers
         self._events = events
         self._grace = grace
+        self._copy_domain = copy_domain
         self._services: dict[_Key, _Service] = {}
 
     @property
@@ -204,6 +212,7 @@ class Daemon:
             claimed=service.claim.fd if service.claim else None,
             before_stop=service.block,
             grace=self._grace,
+            copy_domain=self._copy_domain,
             task_status=task_status,
         )
 
@@ -246,6 +255,7 @@ async def serve_all(
     *,
     replies: bool = False,
     grace: float = GRACE,
+    copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves every device of this machine whose handler is among `handlers`, those to come too.
@@ -256,6 +266,7 @@ async def serve_all(
             cannot be opened is refused where it is made. This is a switch of the whole machine and stays on: devices
             of handlers that nobody serves then hang whoever makes them.
         grace: Seconds for commands in flight when a device stops.
+        copy_domain: Lets initiators copy between all the devices.
         task_status: Gets the `Daemon` when the present devices have been looked at.
 
     Resource handling: a device whose server stops is left to its LUNs, and blocked: initiators are told that it is
@@ -271,14 +282,19 @@ async def serve_all(
         if replies:
             events.set_features(True)
         _log.debug("process %d serves %s", os.getpid(), ", ".join(handlers))
-        await Daemon(handlers, events, grace)._run(task_status)
+        await Daemon(handlers, events, grace, copy_domain)._run(task_status)
 
 
 @asynccontextmanager
 async def serving(
-    handlers: Mapping[str, type[Handler]], *, replies: bool = False, grace: float = GRACE
+    handlers: Mapping[str, type[Handler]],
+    *,
+    replies: bool = False,
+    grace: float = GRACE,
+    copy_domain: CopyDomain | None = None,
 ) -> AsyncIterator[Daemon]:
     """`serve_all` for the length of an `async with` block."""
     async with trio.open_nursery() as nursery:
-        yield await nursery.start(functools.partial(serve_all, handlers, replies=replies, grace=grace))
+        serve = functools.partial(serve_all, handlers, replies=replies, grace=grace, copy_domain=copy_domain)
+        yield await nursery.start(serve)
         nursery.cancel_scope.cancel()

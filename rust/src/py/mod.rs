@@ -40,6 +40,7 @@ mod _native {
     use super::simulator::Simulator;
     #[pymodule_export]
     use super::unit::LogicalUnit;
+    use super::unit::{CopyDomain, LogicalUnit};
     #[pymodule_export]
     use super::xts::AesXts;
 
