@@ -39,7 +39,6 @@ mod _native {
     #[pymodule_export]
     use super::simulator::Simulator;
     #[pymodule_export]
-    use super::unit::LogicalUnit;
     use super::unit::{CopyDomain, LogicalUnit};
     #[pymodule_export]
     use super::xts::AesXts;
