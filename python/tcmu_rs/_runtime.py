@@ -23,11 +23,12 @@ import types
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
 from . import _errors, _native, _statistics, _watchdog, _where
+from ._domain import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ class Device:
         deadline: float,
         free_kept: Callable[[int], None] | None,
         before_stop: Callable[[], None] | None,
+        naa: bytes,
+        copy_domain: CopyDomain | None,
     ) -> None:
         self.name = name
         self.handler = handler
@@ -132,6 +135,10 @@ class Device:
         self._grace = grace
         self._free_kept = free_kept
         self._before_stop = before_stop
+        self._naa = naa
+        self._copy_domain = copy_domain
+        self._copies = 0
+        self._waiting_pieces: dict[int, Piece] = {}
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._max_in_flight = handler.max_in_flight
         self._calls: dict[int | None, _Call] = self._find_calls()
@@ -292,6 +299,8 @@ class Device:
     def _reply_or_emulate(self, cmd: _native.Command, result: Any) -> None:
         if result is NotImplemented:
             cmd.emulate()
+            if cmd.piece is not None:
+                self._start_copy(cmd)
         else:
             self._reply(cmd, result)
 
@@ -356,6 +365,8 @@ class Device:
             self._pumping = False
         # What the emulation answered is not handed back yet, nor the space of entries that need no answer.
         self._dirty = True
+        if self._waiting_pieces:
+            self._grant()
         for item in batch:
             if isinstance(item, _native.Command):
                 self._pending.append(item)
@@ -407,7 +418,10 @@ class Device:
             while True:
                 call = self._calls.get(verb)
                 if call is None:
-                    failure = _INVALID_OPCODE
+                    if verb is None and cmd.piece is not None:
+                        self._start_copy(cmd)
+                    else:
+                        failure = _INVALID_OPCODE
                     break
                 coroutine = call(cmd)
                 if coroutine is not None:
@@ -465,7 +479,7 @@ class Device:
             # The frames of an exception that is raised again may hold views, and do no harm: the device ends.
             if cmd.lent and crash is None:
                 self._keep(cmd, verb)
-            if self._stopping and self._running == 0:
+            if self._stopping and self._running == 0 and not self._copies:
                 self._drained.set()
         if crash is not None:
             try:
@@ -519,6 +533,86 @@ class Device:
             logger.error("%s: %s raised what it must not\n%s", self.name, what, text)
         return _BUG
 
+    # Copies: each a task of its own, which runs no handler. Its pieces are commands of the units that they are for, so
+    # that a handler is called among its own device's workers only, and not after its end.
+
+    def _start_copy(self, cmd: _native.Command) -> None:
+        if self._nursery is None or self._stopping:
+            cmd.fail(*_BUSY)
+            return
+        self._copies += 1
+        scope = trio.CancelScope()
+        self._suspended[cmd.id] = scope, cmd, None, None
+        self._nursery.start_soon(self._copy, cmd, cmd.id, scope, name=f"<tcmu_rs copy of {self.name}>")
+        self._call_workers()
+
+    async def _copy(self, cmd: _native.Command, cmd_id: int, scope: trio.CancelScope) -> None:
+        try:
+            with self._first_device_error(), scope:
+                while (piece := cmd.piece) is not None:
+                    naa, verb = piece
+                    device = self if naa == self._naa else self._neighbour(naa)
+                    failure = NOT_REACHABLE if device is None else await device.perform(Piece(cmd, verb))
+                    if failure is not None:
+                        cmd.fail(*failure)
+                    elif not cmd.advance():
+                        break
+        finally:
+            # Nobody can have the id before the answer is handed back, which is after this.
+            del self._suspended[cmd_id]
+            if not cmd.answered:
+                with suppress(_errors.DeviceError):
+                    cmd.fail(*(_TIMED_OUT if cmd in self._timed_out else _ABORTED))
+            self._copies -= 1
+            self._nudge()
+            if self._stopping and self._running == 0 and not self._copies:
+                self._drained.set()
+
+    def _neighbour(self, naa: bytes) -> Device | None:
+        return self._copy_domain._find(naa) if self._copy_domain is not None else None
+
+    async def perform(self, piece: Piece) -> _errors.Failure | None:
+        """Runs a piece of a copy among the commands of this device. Returns how it failed, if it did."""
+        if self._stopping:
+            return NOT_REACHABLE
+        token, granted = self._ring.enter(piece.offset, piece.length)
+        try:
+            if granted:
+                self._take(piece)
+            else:
+                self._waiting_pieces[token] = piece
+            try:
+                await piece.done.wait()
+            except trio.Cancelled:
+                if self._waiting_pieces.pop(token, None) is None:
+                    self._abort([piece.id])
+                    # The handler may be at work on it.
+                    with trio.CancelScope(shield=True):
+                        await piece.done.wait()
+                raise
+        finally:
+            self._ring.leave(token)
+            # Others may have waited for it.
+            self._nudge()
+        return piece.failure
+
+    def _take(self, piece: Piece) -> None:
+        self._pending.append(cast("_native.Command", piece))
+        self._nudge()
+
+    def _grant(self) -> None:
+        for token in self._ring.granted():
+            piece = self._waiting_pieces.pop(token, None)
+            if piece is not None:
+                self._take(piece)
+
+    def _nudge(self) -> None:
+        """Has a worker hand back what was answered, and look for commands that waited."""
+        self._dirty = True
+        if self._workers:
+            self._call_workers()
+        # Else the device is at its end, and all that is left is turned away.
+
     def _abort(self, ids: list[int]) -> None:
         for cmd_id in ids:
             if cmd_id in self._suspended:
@@ -533,6 +627,8 @@ class Device:
         if self._ring.commit():
             # Commands that had to wait for others which are answered now.
             self._pending.extend(self._ring.ready())
+            if self._waiting_pieces:
+                self._grant()
             self._call_workers()
 
     # Commands that take too long.
@@ -657,7 +753,7 @@ class Device:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._before_stop)
             with trio.CancelScope(shield=True, deadline=trio.current_time() + self._grace) as self._winding_down:
-                if self._running:
+                if self._running or self._copies:
                     await self._drained.wait()
         finally:
             shield.cancel()
@@ -665,8 +761,9 @@ class Device:
     def _close(self) -> None:
         """Answers what was not begun, with a status that makes initiators try again, and lets go of the device."""
         try:
-            self._turn_away(self._pending)
+            self._turn_away([*self._pending, *self._waiting_pieces.values()])
             self._pending.clear()
+            self._waiting_pieces.clear()
             for _ in range(LAST_BATCHES):
                 batch = self._ring.drain(BATCH)
                 self._turn_away([item for item in batch if isinstance(item, _native.Command)])
@@ -681,7 +778,7 @@ class Device:
                 trio.lowlevel.notify_closing(self._ring.fileno())
             self._ring.close()
 
-    def _turn_away(self, commands: Iterable[_native.Command]) -> None:
+    def _turn_away(self, commands: Iterable[_native.Command | Piece]) -> None:
         for cmd in commands:
             cmd.fail(*_BUSY)
         # Commands that waited for those come out now, and those that waited for them.
@@ -730,6 +827,7 @@ async def serve_ring(
     deadline: float = math.inf,
     free_kept: Callable[[int], None] | None = None,
     before_stop: Callable[[], None] | None = None,
+    copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves a handler that is open on a ring that is there: the kernel's or the simulator's.
@@ -747,12 +845,14 @@ async def serve_ring(
         deadline: Seconds that a command may take: then it is cancelled, and answered as timed out.
         free_kept: Tells the kernel that a kept buffer is free.
         before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
+        copy_domain: The disks that initiators may copy from and to, beside this one itself.
         task_status: Gets the `Device` once commands flow.
 
     Resource handling: the ring is closed when this returns or raises; every command has been answered by then.
 
     Raises:
         DeviceError: The device went away, or its shared memory is corrupt.
+        ValueError: There is a disk of the same name in the copy domain.
     """
     check(handler)
     unit = unit_for(handler, serial=serial, naa=naa) if isinstance(handler, BlockHandler) else None
@@ -773,8 +873,21 @@ async def serve_ring(
         deadline=deadline,
         free_kept=free_kept,
         before_stop=before_stop,
+        naa=naa,
+        copy_domain=copy_domain,
     )
-    await device.run(task_status)
+    if copy_domain is None or unit is None:
+        await device.run(task_status)
+        return
+    try:
+        copy_domain._join(device, unit)
+    except BaseException:
+        ring.close()
+        raise
+    try:
+        await device.run(task_status)
+    finally:
+        copy_domain._leave(device, unit)
 
 
 def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
@@ -834,6 +947,7 @@ async def serve_uio(
     grace: float = GRACE,
     deadline: float | None = None,
     before_stop: Callable[[], None] | None = None,
+    copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves an open handler on a device of this machine's kernel.
@@ -849,6 +963,7 @@ async def serve_uio(
         grace: As for `serve_ring`.
         deadline: As for `serve_ring`; None for five sixths of the time after which the kernel gives a command up.
         before_stop: As for `serve_ring`.
+        copy_domain: As for `serve_ring`.
         task_status: As for `serve_ring`.
 
     Raises:
@@ -874,6 +989,7 @@ async def serve_uio(
                 deadline=deadline,
                 free_kept=functools.partial(_action, uio, "free_kept_buf"),
                 before_stop=before_stop,
+                copy_domain=copy_domain,
                 task_status=task_status,
             )
 

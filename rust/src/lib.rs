@@ -1,7 +1,8 @@
 //! The core of tcmu-rs: SCSI devices served to the Linux kernel from user space (TCMU).
 //!
 //! Layers, each ignorant of the next: [`abi`] (numbers), [`mapping`] (pointers), [`ring`] (entries), [`scsi`]
-//! (commands), [`netlink`] (devices come and go), [`statistics`] (what was, and how long it took); `py` joins them for Python.
+//! (commands), [`netlink`] (devices come and go), [`statistics`] (what was, and how long it took), [`xts`] (sectors that
+//! are encrypted); `py` joins them for Python.
 
 pub mod abi;
 pub mod device;
@@ -11,6 +12,7 @@ pub mod netlink;
 pub mod ring;
 pub mod scsi;
 pub mod statistics;
+pub mod xts;
 
 #[cfg(feature = "python")]
 mod py;

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
+use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use pyo3::exceptions::{PyBufferError, PyIndexError, PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
+use smallvec::SmallVec;
 
 use crate::device::Claim;
 use crate::ring::{Buffer, Extent};
@@ -116,6 +118,46 @@ impl IoVec {
         Ok(Self { source: Source::Objects(views), nbytes, writable })
     }
 
+    /// Total bytes.
+    pub fn nbytes(&self) -> usize {
+        self.nbytes
+    }
+
+    /// A walk over the bytes from the first one on, for code that works on plain memory.
+    pub fn walk(&self, py: Python<'_>, writing: bool) -> PyResult<Walk> {
+        if writing {
+            self.check_writable()?;
+        }
+        let (mut pieces, mut exports, mut lent) = (SmallVec::new(), SmallVec::new(), None);
+        match &self.source {
+            Source::Command { claim, start, data_in } => {
+                if !claim.lend() {
+                    return Err(PyBufferError::new_err(
+                        "the command was answered: its data is not there any more",
+                    ));
+                }
+                lent = Some(Lent(claim.clone()));
+                if self.writable {
+                    claim.zero_unless_filled();
+                }
+                for extent in Self::buffer(claim, *data_in).pieces(*start..*start + self.nbytes) {
+                    let pointer = claim.data().mapping().pointer(extent.offset, extent.length);
+                    let pointer =
+                        pointer.map_err(|_| PyBufferError::new_err("the data is not inside the mapping"))?;
+                    pieces.push((pointer, extent.length));
+                }
+            }
+            Source::Objects(views) => {
+                for view in views.iter() {
+                    let export = PyUntypedBuffer::get(view.bind(py))?;
+                    pieces.push((export.buf_ptr().cast(), export.len_bytes()));
+                    exports.push(export);
+                }
+            }
+        }
+        Ok(Walk { pieces, piece: 0, at: 0, _exports: exports, _lent: lent })
+    }
+
     fn buffer(claim: &Claim, data_in: bool) -> &Buffer {
         if data_in { claim.data_in() } else { claim.data() }
     }
@@ -165,7 +207,7 @@ impl IoVec {
         Ok(())
     }
 
-    fn check_length(&self, length: usize, what: &str) -> PyResult<()> {
+    pub fn check_length(&self, length: usize, what: &str) -> PyResult<()> {
         if length == self.nbytes {
             return Ok(());
         }
@@ -201,6 +243,64 @@ impl IoVec {
             _ => {}
         }
         Ok(())
+    }
+}
+
+/// Gives the view back that a walk has counted.
+struct Lent(Arc<Claim>);
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.0.give_back();
+    }
+}
+
+/// A place in the memory of an [`IoVec`], which stays where it is as long as this lives.
+pub struct Walk {
+    pieces: SmallVec<[(*mut u8, usize); 4]>,
+    piece: usize,
+    at: usize,
+    _exports: SmallVec<[PyUntypedBuffer; 1]>,
+    _lent: Option<Lent>,
+}
+
+impl Walk {
+    /// Copies the next bytes out; fewer, if there are no more.
+    pub fn read(&mut self, into: &mut [u8]) {
+        self.advance(into.len(), |from, range| {
+            let into = &mut into[range];
+            // SAFETY: both sides are valid for the length of `into` (`advance`), which nothing else has while it is ours.
+            unsafe { ptr::copy_nonoverlapping(from.cast_const(), into.as_mut_ptr(), into.len()) };
+        });
+    }
+
+    /// Copies the next bytes in; fewer, if there is no more room.
+    pub fn write(&mut self, from: &[u8]) {
+        self.advance(from.len(), |into, range| {
+            let from = &from[range];
+            // SAFETY: as in `read`, the other way; the walk was made for writing.
+            unsafe { ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) };
+        });
+    }
+
+    fn advance(&mut self, length: usize, mut copy: impl FnMut(*mut u8, Range<usize>)) {
+        let mut done = 0;
+        while done < length
+            && let Some(&(pointer, size)) = self.pieces.get(self.piece)
+        {
+            let part = (size - self.at).min(length - done);
+            // SAFETY:
+            // - `at` is at most `size`, and the piece is valid for `size` bytes: checked against the mapping, or
+            //   exported by CPython;
+            // - it stays so as long as this lives: `_lent` counts it as lent, or `_exports` holds it.
+            copy(unsafe { pointer.add(self.at) }, done..done + part);
+            done += part;
+            self.at += part;
+            if self.at == size {
+                self.piece += 1;
+                self.at = 0;
+            }
+        }
     }
 }
 

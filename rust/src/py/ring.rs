@@ -12,6 +12,7 @@ use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
 use super::iovec::IoVec;
 use super::unit::LogicalUnit;
 use crate::device::{Claim, Device, DeviceError, Started, Work};
+use crate::exclusion::Token;
 use crate::mapping::Mapping;
 use crate::scsi::sense::{Sense, SenseKey};
 use crate::scsi::{BlockState, DataBuffer, MediumExtent, Reply, Status, Step, StepBuffer, StepResult, Verb};
@@ -121,6 +122,23 @@ impl Ring {
         Ok(list)
     }
 
+    /// A piece of a copy is to touch so many bytes. Returns its name, and whether it may begin; if not, `granted` has it
+    /// when it may.
+    fn enter(&self, offset: u64, length: u64) -> (u64, bool) {
+        let (token, granted) = self.device.enter(offset, length);
+        (token.0, granted)
+    }
+
+    /// The piece of this name is over, or is given up.
+    fn leave(&self, piece: u64) {
+        self.device.leave(Token(piece));
+    }
+
+    /// The pieces that had to wait and can begin; to be asked after `drain` and `ready`.
+    fn granted(&self) -> Vec<u64> {
+        self.device.take_granted().into_iter().map(|token| token.0).collect()
+    }
+
     /// Commands that are not answered.
     #[getter]
     fn in_flight(&self) -> usize {
@@ -219,13 +237,6 @@ impl Command {
         lock(&self.step).as_ref().map_or(Asked::Command, |step| Asked::Step(step.verb, step.length))
     }
 
-    fn answer(&self, reply: Reply) -> PyResult<()> {
-        let failed = reply.status != Status::Good;
-        self.claim.returned(self.asked(), failed, || self.claim.answer(reply))?;
-        self.set(None);
-        Ok(())
-    }
-
     fn sense(key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<Sense> {
         let key = SenseKey::from_code(key)
             .ok_or_else(|| PyValueError::new_err(format!("no sense key {key:#x}")))?;
@@ -251,7 +262,15 @@ impl Command {
     /// What the handler is asked for: the number of a verb, or None.
     #[getter]
     fn verb(&self) -> Option<u8> {
-        lock(&self.step).as_ref().map(|step| step.verb as u8)
+        lock(&self.step).as_ref().filter(|step| step.unit.is_none()).map(|step| step.verb as u8)
+    }
+
+    /// Of a copy what is to be done next, by the unit with this NAA designator: that, and the number of a verb.
+    #[getter]
+    fn piece<'py>(&self, py: Python<'py>) -> Option<(Bound<'py, PyBytes>, u8)> {
+        let step = lock(&self.step);
+        let step = step.as_ref()?;
+        Some((PyBytes::new(py, step.unit.as_ref()?), step.verb as u8))
     }
 
     /// The handler is called now: for this verb, or for all of the command if it is None.
@@ -379,10 +398,14 @@ impl Command {
     fn fail(&self, status: u8, key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<()> {
         let status = Status::from_code(status)
             .ok_or_else(|| PyValueError::new_err(format!("no status {status:#x}")))?;
-        self.answer(match status {
+        let reply = match status {
             Status::CheckCondition => Reply::check(Self::sense(key, asc, ascq, information)?),
             status => Reply::status(status),
-        })
+        };
+        let failed = status != Status::Good;
+        self.claim.returned(self.asked(), failed, || self.claim.fail(reply))?;
+        self.set(None);
+        Ok(())
     }
 
     /// Answers GOOD with `data_in` valid bytes of Data-In (by default all, if any of them was written).
@@ -393,7 +416,10 @@ impl Command {
         if data_in > Some(0) {
             self.claim.zero_unless_filled();
         }
-        self.answer(Reply::good(data_in.unwrap_or(whole)))
+        self.claim
+            .returned(self.asked(), false, || self.claim.answer(Reply::good(data_in.unwrap_or(whole))))?;
+        self.set(None);
+        Ok(())
     }
 
     /// Whether there is an answer.
