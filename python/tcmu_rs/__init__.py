@@ -18,7 +18,7 @@ from ._errors import (
 )
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
 from ._layers import Lower
-from ._native import Command, IoVec, __version__, debug_build
+from ._native import Command, IoVec, Transfer, __version__, debug_build, fallocate, fdatasync
 from ._runtime import Device
 
 if debug_build:
@@ -49,9 +49,12 @@ __all__ = [
     "OutOfSpace",
     "RingCorruptError",
     "ScsiError",
+    "Transfer",
     "WriteProtected",
     "__version__",
     "attach",
     "blocking",
+    "fallocate",
+    "fdatasync",
     "serve",
 ]

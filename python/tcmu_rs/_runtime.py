@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from . import _errors, _native
+from . import _errors, _files, _native
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 
 if TYPE_CHECKING:
@@ -654,7 +654,8 @@ async def serve_ring(
         fills_reads=getattr(handler, "fills_reads", False),
     )
     device = Device(handler, ring, name, strict=strict, grace=grace, free_kept=free_kept, before_stop=before_stop)
-    await device.run(task_status)
+    with _files.USER:
+        await device.run(task_status)
 
 
 def naa_of(serial: str) -> bytes:

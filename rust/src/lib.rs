@@ -1,11 +1,13 @@
 //! The core of tcmu-rs: SCSI devices served to the Linux kernel from user space (TCMU).
 //!
 //! Layers, each ignorant of the next: [`abi`] (numbers), [`mapping`] (pointers), [`ring`] (entries), [`scsi`]
-//! (commands), [`netlink`] (devices come and go); `py` joins them for Python.
+//! (commands), [`netlink`] (devices come and go); [`fileio`] moves a command's data to and from files; `py` joins them
+//! for Python.
 
 pub mod abi;
 pub mod device;
 mod exclusion;
+pub mod fileio;
 pub mod mapping;
 pub mod netlink;
 pub mod ring;

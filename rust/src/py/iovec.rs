@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
+use std::os::fd::RawFd;
 use std::ptr;
 use std::sync::Arc;
 
@@ -15,7 +16,10 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
 
+use super::fileio::{Held, Transfer};
 use crate::device::Claim;
+use crate::fileio::Operation;
+use crate::fileio::memory::Lent;
 use crate::ring::{Buffer, Extent};
 use crate::scsi::DataBuffer;
 
@@ -39,7 +43,7 @@ impl Segment {
             return Err(PyBufferError::new_err("the data is not inside the mapping"));
         };
         if !this.claim.lend() {
-            return Err(PyBufferError::new_err("the command was answered: its data is not there any more"));
+            return Err(answered());
         }
         // SAFETY:
         // - `view` is CPython's, and valid;
@@ -144,9 +148,7 @@ impl IoVec {
         match &self.source {
             Source::Command { claim, start, data_in } => {
                 if !claim.lend() {
-                    return Err(PyBufferError::new_err(
-                        "the command was answered: its data is not there any more",
-                    ));
+                    return Err(answered());
                 }
                 for extent in Self::buffer(claim, *data_in).pieces(*start..*start + self.nbytes) {
                     if let Ok(pointer) = claim.data().mapping().pointer(extent.offset, extent.length) {
@@ -163,6 +165,22 @@ impl IoVec {
             }
         }
         Ok(())
+    }
+
+    /// The memory, lent for as long as a transfer needs it.
+    fn hold(&self, py: Python<'_>) -> PyResult<Held> {
+        match &self.source {
+            Source::Command { claim, start, data_in } => {
+                match Lent::new(claim.clone(), *data_in, *start, self.nbytes) {
+                    Some(lent) => Ok(Held::Command(lent)),
+                    None => Err(answered()),
+                }
+            }
+            Source::Objects(views) => {
+                let export = |view: &Py<PyMemoryView>| PyUntypedBuffer::get(view.bind(py));
+                Ok(Held::Objects(views.iter().map(export).collect::<PyResult<_>>()?))
+            }
+        }
     }
 
     fn check_length(&self, length: usize, what: &str) -> PyResult<()> {
@@ -202,6 +220,10 @@ impl IoVec {
         }
         Ok(())
     }
+}
+
+fn answered() -> PyErr {
+    PyBufferError::new_err("the command was answered: its data is not there any more")
 }
 
 /// A memoryview of bytes over any contiguous buffer. A strided one would be taken for what lies behind its first byte.
@@ -295,6 +317,35 @@ impl IoVec {
                 into = into.add(length);
             }
         })
+    }
+
+    /// Fills the memory from a file: to be awaited.
+    ///
+    /// What the page cache has is there at once, without suspending; the rest comes without a thread, where io_uring is
+    /// allowed. All of it, or an OSError: EIO if the file ends before. The memory stays the transfer's until the kernel
+    /// is done with it: when it is cancelled, the call returns no earlier. Until then the descriptor has to stay open.
+    #[pyo3(signature = (fd, offset, /))]
+    fn read_from(&self, py: Python<'_>, fd: RawFd, offset: u64) -> PyResult<Transfer> {
+        self.check_writable()?;
+        // All of Data-In counts as written when it is.
+        if self.fills().is_none()
+            && let Source::Command { claim, .. } = &self.source
+        {
+            claim.zero_unless_filled();
+        }
+        Ok(Transfer::new("IoVec.read_from", fd, Operation::Read, offset, self.hold(py)?))
+    }
+
+    /// Writes the memory to a file: to be awaited, and as `read_from`. With `fua` it is durable then (RWF_DSYNC).
+    #[pyo3(signature = (fd, offset, /, *, fua = false))]
+    fn write_to(&self, py: Python<'_>, fd: RawFd, offset: u64, fua: bool) -> PyResult<Transfer> {
+        if self.writable
+            && let Source::Command { claim, .. } = &self.source
+        {
+            claim.zero_unless_filled();
+        }
+        let operation = Operation::Write { durable: fua };
+        Ok(Transfer::new("IoVec.write_to", fd, operation, offset, self.hold(py)?))
     }
 
     /// Sets all of the memory to zero.
