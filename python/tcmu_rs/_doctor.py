@@ -166,7 +166,7 @@ def _libraries() -> Iterator[Check]:
 def _file_io(root: Path) -> Check:
     # Not at the top: the doctor has to work where the package does not.
     try:
-        from . import _files  # noqa: PLC0415
+        from . import _files
     except ImportError as error:
         return Check("file I/O", False, False, str(error), "see tcmu_rs._native")
     obstacle = _files.obstacle()

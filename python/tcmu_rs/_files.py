@@ -104,14 +104,13 @@ class _Queue:
         except OSError as error:
             # The queue is broken, which only a defect can do. Its memory stays lent.
             over = [(ticket, error) for ticket in self._waiting]
-        for ticket, error in over:
+        for ticket, result in over:
             if ticket not in self._waiting:
                 continue
-            self._over[ticket] = error
+            self._over[ticket] = result
             task = self._waiting[ticket]
             if task is not None:
                 self._wake(ticket, task)
-
 
     def close(self) -> None:
         """Gives the descriptor back."""
@@ -159,7 +158,7 @@ def _choose() -> _Queue | _Threads:
     try:
         return _Queue()
     except OSError as error:
-        return _Threads(error.strerror)
+        return _Threads(str(error))
 
 
 def obstacle() -> str | None:
