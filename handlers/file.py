@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from tcmu_rs import BlockHandler, IoVec, Options, fallocate, fdatasync
+from tcmu_rs import BlockHandler, ExtentState, IoVec, Options, blocking, fallocate, fdatasync
 
 if TYPE_CHECKING:
     from typing import Self
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ZEROES = bytes(1 << 20)
+_MAX_EXTENTS = 256
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -48,6 +49,7 @@ class FileHandler(BlockHandler):
     """
 
     max_in_flight = 32
+    persistent = True
     native_fua = True
     fills_reads = True
     discard_zeroes = True
@@ -101,6 +103,12 @@ class FileHandler(BlockHandler):
         async with handler:
             pass
 
+    @classmethod
+    async def remove(cls, config: str, options: Options) -> bool:
+        """Deletes the file that `create` has made."""
+        await trio.Path(config).unlink()
+        return True
+
     async def open(self) -> None:
         """Opens and locks the file."""
         fd, made = await trio.to_thread.run_sync(self._open)
@@ -148,6 +156,7 @@ class FileHandler(BlockHandler):
                 raise ValueError(f"{self.path} has {self.size} bytes, not the {self._wanted_size} that were asked for")
             if self._direct:
                 self._check_direct(fd)
+            self.can_extents = self._knows_holes(fd)
             os.set_blocking(fd, True)
         except BaseException:
             self._undo(fd, made)
@@ -198,6 +207,14 @@ class FileHandler(BlockHandler):
             return error.errno not in _UNSUPPORTED
         return True
 
+    def _knows_holes(self, fd: int) -> bool:
+        try:
+            os.lseek(fd, 0, os.SEEK_DATA)
+        except OSError as error:
+            # ENXIO: one hole.
+            return error.errno == errno.ENXIO
+        return True
+
     async def aclose(self) -> None:
         """Makes everything durable, then lets go of the file."""
         if self._fd < 0:
@@ -241,6 +258,28 @@ class FileHandler(BlockHandler):
     async def write_zeroes(self, offset: int, length: int) -> None:
         """Zeroes, and keeps the space."""
         await self._zero(_FALLOC_FL_ZERO_RANGE, offset, length)
+
+    @blocking
+    def extents(self, offset: int, length: int) -> list[tuple[int, ExtentState]]:
+        """Asks the file system (lseek(2), SEEK_DATA and SEEK_HOLE); zeroes that take space may count as a hole."""
+        found: list[tuple[int, ExtentState]] = []
+        end = offset + length
+        while offset < end and len(found) < _MAX_EXTENTS:
+            try:
+                data = min(os.lseek(self._fd, offset, os.SEEK_DATA), end)
+            except OSError as error:
+                # No data from here on.
+                if error.errno != errno.ENXIO:
+                    raise
+                data = end
+            if data > offset:
+                found.append((data - offset, ExtentState.DEALLOCATED))
+            if data < end:
+                hole = min(os.lseek(self._fd, data, os.SEEK_HOLE), end)
+                found.append((hole - data, ExtentState.MAPPED))
+                data = hole
+            offset = data
+        return found
 
     async def _zero(self, mode: int, offset: int, length: int) -> None:
         try:

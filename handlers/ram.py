@@ -5,10 +5,12 @@ from __future__ import annotations
 import mmap
 from typing import TYPE_CHECKING
 
-from tcmu_rs import BlockHandler, IoVec, Options
+from tcmu_rs import BlockHandler, ExtentState, IoVec, Options
 
 if TYPE_CHECKING:
     from typing import Self
+
+_MAX_EXTENTS = 256
 
 
 class RamHandler(BlockHandler):
@@ -43,12 +45,15 @@ class RamHandler(BlockHandler):
         """Reserves the address space."""
         self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._data = memoryview(self._map)
+        # A byte for each page: whether it was written. Itself memory that is taken as it is written.
+        self._taken = mmap.mmap(-1, -(-self.size // mmap.PAGESIZE))
 
     async def aclose(self) -> None:
         """Gives the memory back."""
         if hasattr(self, "_map"):
             self._data.release()
             self._map.close()
+            self._taken.close()
 
     def read(self, offset: int, iov: IoVec) -> None:
         """Copies out."""
@@ -56,7 +61,14 @@ class RamHandler(BlockHandler):
 
     def write(self, offset: int, iov: IoVec) -> None:
         """Copies in."""
-        iov.copy_into(self._data[offset : offset + iov.nbytes])
+        stop = offset + iov.nbytes
+        first, last = offset // mmap.PAGESIZE, (stop - 1) // mmap.PAGESIZE
+        # First: a page that is said to be free is free.
+        if first == last:
+            self._taken[first] = 1
+        else:
+            self._taken[first : last + 1] = b"\1" * (last + 1 - first)
+        iov.copy_into(self._data[offset:stop])
 
     def discard(self, offset: int, length: int) -> None:
         """Frees whole pages and zeroes the rest."""
@@ -68,5 +80,19 @@ class RamHandler(BlockHandler):
         self._data[offset:start] = bytes(start - offset)
         self._data[stop : offset + length] = bytes(offset + length - stop)
         self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        self._taken[start // page : stop // page] = bytes((stop - start) // page)
 
     write_zeroes = discard
+
+    def extents(self, offset: int, length: int) -> list[tuple[int, ExtentState]]:
+        """Pages that were written and not discarded since are in use."""
+        page = mmap.PAGESIZE
+        found: list[tuple[int, ExtentState]] = []
+        end = offset + length
+        while offset < end and len(found) < _MAX_EXTENTS:
+            taken = self._taken[offset // page]
+            next_page = self._taken.find(bytes([1 - taken]), offset // page)
+            stop = end if next_page < 0 else min(next_page * page, end)
+            found.append((stop - offset, ExtentState.MAPPED if taken else ExtentState.DEALLOCATED))
+            offset = stop
+        return found

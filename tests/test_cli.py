@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from tcmu_rs import _cli, _devices, _doctor, _lio
 
-COMMANDS = ["attach", "check", "create", "detach", "doctor", "handlers", "info", "list"]
+COMMANDS = ["attach", "check", "copy", "create", "detach", "doctor", "handlers", "info", "list"]
 
 
 def run(*arguments: str | Path) -> Result:
@@ -207,6 +207,7 @@ def lacking(root: Path, release: str = "6.1.0") -> dict[str, str]:
 
 def test_the_doctor_is_content_with_a_good_machine(tmp_path: Path) -> None:
     make_machine(tmp_path)
+    (tmp_path / "etc/target/pr").mkdir(parents=True)
     assert set(lacking(tmp_path)) <= {"iscsi_target_mod"} | ({"privileges"} if os.geteuid() else set())
 
 
@@ -224,10 +225,22 @@ def test_the_doctor_finds_each_thing(tmp_path: Path) -> None:
         "configfs",
         "target",
         "device nodes",
+        "reservations",
     }
+    assert remedies["reservations"] == "mkdir -p /var/target/pr"
     assert remedies["configfs"] == "mount -t configfs none /sys/kernel/config"
     assert "sudo" in remedies["privileges"]
     assert "kernel" in lacking(tmp_path, "4.4.0-1-generic")
+
+
+def test_the_doctor_looks_for_reservations_where_the_loaded_module_does(tmp_path: Path) -> None:
+    make_machine(tmp_path)
+    (tmp_path / "etc/target/pr").mkdir(parents=True)
+    (tmp_path / "sys/kernel/config/target").mkdir(parents=True)
+    (tmp_path / "sys/kernel/config/target/dbroot").write_text("/var/target\n")
+    assert lacking(tmp_path)["reservations"] == "mkdir -p /var/target/pr"
+    (tmp_path / "var/target/pr").mkdir(parents=True)
+    assert "reservations" not in lacking(tmp_path)
 
 
 def test_the_doctor_knows_a_module_that_has_to_be_loaded(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 from tcmu_rs import BlockHandler, Command, ExtentState, IoVec
-from tcmu_rs.testing import SimulatedDisk, simulated
+from tcmu_rs.testing import LUN_RESET, SimulatedDisk, simulated
 
 from .conftest import Log
 
@@ -245,3 +245,14 @@ async def test_a_format_waits_for_writes_that_have_begun() -> None:
         (await disk.wait(write)).check()
         await wait_until_ready(disk)
         assert not any(handler.data)
+
+
+async def test_a_reset_lets_the_medium_be_removed_again() -> None:
+    prevent, eject = bytes([0x1E, 0, 0, 0, 1, 0]), bytes([0x1B, 0, 0, 0, 2, 0])
+    handler = Plain()
+    handler.removable = True
+    async with simulated(handler) as disk:
+        (await disk.scsi(prevent)).check()
+        assert (await disk.scsi(eject)).sense_code == (0x5, 0x53, 0x02)
+        disk.abort(kind=LUN_RESET)
+        (await disk.scsi(eject)).check()

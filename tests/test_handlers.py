@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import resource
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -448,3 +449,55 @@ async def test_closing_makes_durable_and_says_if_it_cannot(disk_file: Path, monk
     # It is closed and unlocked all the same.
     async with FileHandler(disk_file):
         pass
+
+
+# What is in use.
+
+MAPPED, FREE = tcmu_rs.ExtentState.MAPPED, tcmu_rs.ExtentState.DEALLOCATED
+
+
+async def extents_after(handler: tcmu_rs.BlockHandler) -> list[list[tuple[int, tcmu_rs.ExtentState]]]:
+    """Writes twice, discards a part, and asks after each."""
+    found = []
+    async with simulated(handler) as disk:
+
+        async def ask(offset: int, length: int) -> None:
+            # Through the emulation, as initiators do: GET LBA STATUS.
+            data = (
+                await disk.scsi(struct.pack(">BBQLBB", 0x9E, 0x12, offset // 512, 4096, 0, 0), data_in=4096)
+            ).check()
+            runs, left = [], length
+            for at in range(8, len(data), 16):
+                _, blocks, state = struct.unpack_from(">QLB", data, at)
+                if left > 0:
+                    runs.append((min(blocks * 512, left), tcmu_rs.ExtentState(state)))
+                    left -= blocks * 512
+            found.append(runs)
+
+        await ask(0, MIB)
+        await disk.write(64 << 10, b"x" * (128 << 10))
+        await disk.write(512 << 10, b"y" * 4096)
+        await ask(0, MIB)
+        await disk.discard(96 << 10, 32 << 10)
+        await ask(64 << 10, 128 << 10)
+        await ask(600 << 10, 4096)
+    return found
+
+
+EXTENTS = [
+    [(MIB, FREE)],
+    [(64 << 10, FREE), (128 << 10, MAPPED), (320 << 10, FREE), (4096, MAPPED), ((512 << 10) - 4096, FREE)],
+    [(32 << 10, MAPPED), (32 << 10, FREE), (64 << 10, MAPPED)],
+    [(4096, FREE)],
+]
+
+
+async def test_ram_tells_what_is_in_use() -> None:
+    assert await extents_after(RamHandler(MIB)) == EXTENTS
+
+
+async def test_a_file_tells_what_is_in_use(disk_file: Path) -> None:
+    with disk_file.open("rb") as file:
+        if os.lseek(file.fileno(), 0, os.SEEK_HOLE) != 0:
+            pytest.skip("this file system tells of no holes")
+    assert await extents_after(FileHandler(disk_file)) == EXTENTS

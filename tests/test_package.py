@@ -61,7 +61,7 @@ def test_handlers_are_importable_as_they_are_installed() -> None:
     for name in ("file", "luks", "ram"):
         assert importlib.util.find_spec(f"tcmu_rs.handlers.{name}") is not None
     entries = {entry.name: entry for entry in importlib.metadata.entry_points(group="tcmu_rs.handlers")}
-    assert {"file", "luks", "ram"} <= set(entries)
+    assert {"faults", "file", "luks", "ram"} <= set(entries)
     for entry in entries.values():
         assert issubclass(entry.load(), tcmu_rs.Handler)
 

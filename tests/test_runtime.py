@@ -599,3 +599,18 @@ async def test_nothing_is_left_of_a_device(disk_class: type[Storage]) -> None:
     await use()
     # Rings and commands are not known to the garbage collector, but each of them holds the mapping.
     assert (alive(Device, SimulatedDisk), descriptors(), mappings()) == before
+
+
+async def test_an_ended_device_does_not_keep_the_memory_though_somebody_keeps_the_device() -> None:
+    """The kernel lets no successor open a device while it is mapped, and an exception may hold all that served it."""
+
+    def mapped() -> int:
+        return sum("tcmu-simulated" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    async with simulated(PlainDisk()) as disk:
+        kept = disk.device
+        served = mapped()
+    gc.collect()
+    assert kept.name
+    # The kernel's side is left.
+    assert mapped() == served - 1

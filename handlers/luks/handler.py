@@ -103,6 +103,7 @@ class LuksHandler(BlockHandler):
         block_size: int | None = None,
         size: int | None = None,
     ) -> None:
+        self.persistent = lower.persistent
         self._lower = Lower(lower)
         self._header = None if header is None else Lower(header)
         self._key_provider = key_provider
@@ -110,6 +111,7 @@ class LuksHandler(BlockHandler):
         self._wanted_read_only = read_only
         self._wanted_block_size = block_size
         self._wanted_size = size
+        self._made_key: bytearray | None = None
         self._stack = AsyncExitStack()
 
     # From the command line.
@@ -145,8 +147,10 @@ class LuksHandler(BlockHandler):
         )
 
     @classmethod
-    async def create(cls, config: str, options: Options) -> None:
+    async def create(cls, config: str, options: Options) -> LuksHandler:
         """Makes a file with an empty container of LUKS2; a file that is there already is left alone.
+
+        The handler that is returned has the key already: it asks for no passphrase when it is opened.
 
         Options are those of `from_config` for the passphrase, `-o key-file-2=PATH` and so on for more keyslots,
         `-o sector-size=512` for another size of encryption sectors than 4096, and `-o iter-time=MS` for how long one
@@ -171,27 +175,42 @@ class LuksHandler(BlockHandler):
             extra, "key-file, key-file-2 and so on, passphrase-fd, credential, sector-size and iter-time"
         )
 
+        handler = cls(FileHandler(config), _only_once)
+        handler._made_key = volume_key = luks2.new_key()
+
         def prepare() -> luks2.NewContainer:
             keys.forbid_core_dumps()
             passphrases = [source() for source in sources]
             try:
-                return luks2.make(passphrases, calibrate(iter_time / 1000), sector_size=sector_size)
+                return luks2.make(
+                    passphrases, calibrate(iter_time / 1000), sector_size=sector_size, volume_key=volume_key
+                )
             finally:
                 wipe(*(passphrase for passphrase in passphrases if isinstance(passphrase, bytearray)))
 
-        container = await trio.to_thread.run_sync(prepare, abandon_on_cancel=True)
-        await trio.to_thread.run_sync(_make_file, config, container.volume.offset + options.size)
         try:
-            lower = Lower(FileHandler(config))
-            await lower.open()
+            container = await trio.to_thread.run_sync(prepare, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(_make_file, config, container.volume.offset + options.size)
             try:
-                await _write_pieces(lower, container.pieces)
-            finally:
-                await lower.aclose()
+                lower = Lower(FileHandler(config))
+                await lower.open()
+                try:
+                    await _write_pieces(lower, container.pieces)
+                finally:
+                    await lower.aclose()
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await path.unlink()
+                raise
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await path.unlink()
+            wipe(volume_key)
             raise
+        return handler
+
+    @classmethod
+    async def remove(cls, config: str, options: Options) -> bool:
+        """Deletes the file that `create` has made."""
+        return await FileHandler.remove(config, options)
 
     @classmethod
     async def info(cls, config: str, options: Options) -> dict[str, Any]:
@@ -260,6 +279,13 @@ class LuksHandler(BlockHandler):
 
     async def _unlock(self, volume: Volume, areas: Mapping[int, bytes]) -> bytearray:
         secret: Secret
+        if self._made_key is not None:
+            try:
+                if await trio.to_thread.run_sync(volume.digest.fits, self._made_key):
+                    return bytearray(self._made_key)
+                raise LuksError("this is not the container that was made a moment ago")
+            finally:
+                self._forget_made_key()
         if inspect.iscoroutinefunction(self._key_provider):
             secret = await self._key_provider(volume.uuid)
         else:
@@ -270,6 +296,11 @@ class LuksHandler(BlockHandler):
         finally:
             if isinstance(secret, bytearray):
                 wipe(secret)
+
+    def _forget_made_key(self) -> None:
+        if self._made_key is not None:
+            wipe(self._made_key)
+            self._made_key = None
 
     def _settle(self, volume: Volume) -> None:
         """Takes over the container's geometry and what the handler below can do.
@@ -323,6 +354,7 @@ class LuksHandler(BlockHandler):
 
     async def aclose(self) -> None:
         """Forgets the key and closes what is below."""
+        self._forget_made_key()
         await self._stack.aclose()
 
     def _forget(self) -> None:
@@ -427,6 +459,10 @@ class LuksHandler(BlockHandler):
 
     def _take_staging(self) -> _Staging:
         return self._staging.pop() if self._staging else _Staging(self._sector_size)
+
+
+def _only_once(uuid: str) -> Secret:
+    raise ValueError(f"the key of {uuid} was known only once, after it was made: make another handler")
 
 
 def parse_header(data: bytes) -> Volume:

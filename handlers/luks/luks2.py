@@ -349,6 +349,11 @@ class NewContainer:
     pieces: tuple[tuple[int, bytes], ...]
 
 
+def new_key(size: int = 64) -> bytearray:
+    """A volume key."""
+    return bytearray(secrets.token_bytes(size))
+
+
 def make(
     passphrases: Sequence[bytes | bytearray],
     kdf: Kdf,
@@ -370,7 +375,7 @@ def make(
         sector_size: Bytes that are encrypted as one.
         label: For people, at most 47 bytes.
         uuid: Random if there is none.
-        volume_key: For tests; random if there is none. It is not wiped.
+        volume_key: Random if there is none. It is not wiped.
 
     Raises:
         LuksError: It would not be supported.
@@ -379,7 +384,7 @@ def make(
         raise LuksError(f"{len(passphrases)} passphrases cannot be: 1 to {_KEYSLOTS}, and none of them empty")
     if len(label.encode()) > 47:
         raise LuksError(f"the label {label!r} is too long: 47 bytes at most")
-    key = volume_key if volume_key is not None else bytearray(secrets.token_bytes(key_size))
+    key = volume_key if volume_key is not None else new_key(key_size)
     area_size = -(-key_size * STRIPES // _AREA_ALIGNMENT) * _AREA_ALIGNMENT
     slots = tuple(
         Keyslot(

@@ -1,8 +1,10 @@
 """SCSI devices served to the Linux kernel from Python, under trio."""
 
 from ._attach import AttachedDevice, attach, serve
+from ._copy import Progress, copy
 from ._errors import (
     Busy,
+    CopyError,
     DeviceError,
     DeviceRemovedError,
     HardwareError,
@@ -31,6 +33,7 @@ __all__ = [
     "BlockHandler",
     "Busy",
     "Command",
+    "CopyError",
     "Device",
     "DeviceError",
     "DeviceRemovedError",
@@ -47,6 +50,7 @@ __all__ = [
     "NotReady",
     "Options",
     "OutOfSpace",
+    "Progress",
     "RingCorruptError",
     "ScsiError",
     "Transfer",
@@ -54,6 +58,7 @@ __all__ = [
     "__version__",
     "attach",
     "blocking",
+    "copy",
     "fallocate",
     "fdatasync",
     "serve",

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import trio
 
-from . import _lio, _sysfs
+from . import _adoption, _control, _lio, _sysfs
 from ._handler import Handler, check
 from ._registry import parse_spec
-from ._runtime import serve_uio
+from ._runtime import serve_uio, verbs
 
 if TYPE_CHECKING:
     from ._runtime import Device
@@ -85,6 +85,8 @@ async def attach(
     max_sectors: int | None = None,
     data_area_mb: int | None = None,
     cmd_time_out: int | None = None,
+    adopt: bool = False,
+    leave_on_error: bool = False,
     strict: bool = False,
     ready_within: float = 30.0,
     grace: float = 10.0,
@@ -109,6 +111,12 @@ async def attach(
         max_sectors: Largest transfer that initiators are told, in blocks.
         data_area_mb: Memory that commands in flight may fill, MiB.
         cmd_time_out: Seconds after which the kernel fails a command that was not answered; 0 means never.
+        adopt: Go on with the device of this name (without a name: of this spec) if a killed process has left one, and
+            make one otherwise. Its initiators notice a pause: what was in flight goes back to them as BUSY, and they
+            send it again. Name, spec, size, block size, serial number and fabric must be the same, and the handler
+            `persistent`. The spec is what tells one storage from another here: give one.
+        leave_on_error: If the block or the server ends with an error, leave the device in its place, blocked, for a
+            successor to adopt. An adopted device is left too if it cannot be served.
         strict: Let a bug in the handler end the device instead of one command.
         ready_within: Seconds that the disk may take to become usable.
         grace: Seconds that writing back and taking away may take with the handler's help. Afterwards, commands in
@@ -118,30 +126,33 @@ async def attach(
         The device.
 
     Resource handling: All that was made in the kernel is removed, also on errors and on cancellation, which
-    is held off until then. Only SIGKILL leaves something behind, for `tcmu-rs detach` to remove.
+    is held off until then. Only SIGKILL leaves something behind, for `adopt` to go on with or `tcmu-rs detach` to
+    remove.
 
     Error handling: If the ring breaks, the handler fails as a whole or another program removes the device,
     the block is cancelled and the error raised. From the moment the device is served there is a nursery
     around the block, so errors of block and server arrive in an exception group.
 
     Raises:
+        BackstoreExistsError: The name is taken: by a device that a live process serves, or that is another one.
         LioError: The kernel could not be set up; the text says what to do.
     """
     handler_name, config = parse_spec(spec) if spec else ("python", _class_name(handler))
-    async with _opened(handler, grace):
+    shape = _Shape(
+        name,
+        handler_name,
+        config,
+        wwn=wwn,
+        max_sectors=max_sectors,
+        data_area_mb=data_area_mb,
+        cmd_time_out=cmd_time_out,
+    )
+    async with _claimed(shape if adopt else None, handler) as claim, _opened(handler, grace):
         check(handler)
-        backstore = await _blocking(
-            _lio.create_backstore,
-            name or _names(_stem(handler_name, config)),
-            handler_name,
-            config,
-            handler.size,
-            block_size=handler.block_size,
-            wwn=wwn,
-            max_sectors=max_sectors,
-            data_area_mb=data_area_mb,
-            cmd_time_out=cmd_time_out,
-        )
+        backstore = await _blocking(shape.verify, claim.backstore, handler) if claim else None
+        if backstore is None:
+            backstore = await _blocking(shape.create, handler)
+        service = None
         try:
             uio = await _blocking(_sysfs.find, backstore.hba, backstore.name)
             if uio is None or not await trio.Path(uio.path).exists():
@@ -150,25 +161,34 @@ async def attach(
                     "mount -t devtmpfs none /dev, or run outside the container",
                 )
             device = AttachedDevice(handler, backstore, uio, fabric)
-            service = _Service(device, backstore, strict=strict, grace=grace)
+            service = _Service(device, backstore, claim, strict=strict, grace=grace)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(service.run_server, nursery)
                 try:
                     await service.wait_started()
+                    nursery.start_soon(service.run_control)
                     if fabric == "iscsi":
                         await service.expose(
-                            partial(_lio.expose_iscsi, backstore, iqn, portal, allow_network=allow_network)
+                            partial(_lio.expose_iscsi, backstore, iqn, portal, allow_network=allow_network),
+                            partial(_adoption.exposure, backstore, fabric, target=iqn, portal=portal),
                         )
                     elif fabric == "loopback":
-                        await service.expose(partial(_lio.expose_loopback, backstore))
+                        await service.expose(
+                            partial(_lio.expose_loopback, backstore), partial(_adoption.exposure, backstore, fabric)
+                        )
                         device.path = await _wait_usable(device, ready_within)
+                    service.leaves = leave_on_error
                     yield device
+                except BaseException as error:
+                    service.failed |= _is_failure(error)
+                    raise
                 finally:
                     with trio.CancelScope(shield=True):
-                        await service.take_down()
+                        await service.end()
         finally:
-            with trio.CancelScope(shield=True):
-                await _blocking(_lio.remove_backstore, backstore)
+            if not (service.left if service else claim):
+                with trio.CancelScope(shield=True):
+                    await _blocking(_lio.remove_backstore, backstore)
 
 
 async def serve(
@@ -210,12 +230,24 @@ class _Service:
     is made to fail the commands that nobody will answer, until there is none.
     """
 
-    def __init__(self, device: AttachedDevice, backstore: _lio.Backstore, *, strict: bool, grace: float) -> None:
+    def __init__(
+        self,
+        device: AttachedDevice,
+        backstore: _lio.Backstore,
+        claim: _adoption.Claim | None,
+        *,
+        strict: bool,
+        grace: float,
+    ) -> None:
+        self.leaves = claim is not None
+        self.failed = False
         self._device = device
         self._backstore = backstore
+        self._claim = claim
         self._strict = strict
         self._grace = grace
         self._server_scope = trio.CancelScope(shield=True)
+        self._control_scope = trio.CancelScope()
         self._started = trio.Event()
         self._exposure: _lio.Exposure | None = None
         # Of the threading kind, since `fail_commands` waits for it in a thread.
@@ -231,17 +263,29 @@ class _Service:
                     self._device.uio,
                     name=self._device.name,
                     wwn=self._device.wwn,
+                    claimed=self._claim.fd if self._claim else None,
                     strict=self._strict,
                     grace=self._grace,
                     # Not through `Nursery.start`: cancelled meanwhile, it would wait for this shielded task
                     # for ever.
                     task_status=self,
                 )
+        except BaseException:
+            self.failed = True
+            raise
         finally:
-            if not self._no_lun.is_set():
+            if self.left:
+                with trio.CancelScope(shield=True):
+                    await _blocking(_adoption.fence, self._backstore)
+            elif not self._no_lun.is_set():
                 nursery.start_soon(self._fail_commands)
         if not self._server_scope.cancel_called:
             raise _lio.LioError(f"device {self._device.name} was removed by another program")
+
+    async def run_control(self) -> None:
+        """Answers other processes' questions about the device, until `take_down`."""
+        with self._control_scope:
+            await _control.offer(verbs(lambda: [self._device._server] if self._device._server else []))
 
     def started(self, value: Any = None) -> None:
         """Called by the server, with the `Device`, when commands flow."""
@@ -259,21 +303,39 @@ class _Service:
             except _lio.LioError as error:
                 _log.error("%s: commands wait for their time-out: %s", self._device.name, error)
 
-    async def expose(self, how: Callable[[], _lio.Exposure]) -> None:
-        """Makes the LUN; finished once begun, also when cancelled: `take_down` must know what there is."""
+    async def expose(self, how: Callable[[], _lio.Exposure], again: Callable[[], _lio.Exposure | None]) -> None:
+        """Makes the LUN; finished once begun, also when cancelled: `end` must know what there is.
+
+        Args:
+            how: Makes it.
+            again: Finds the one that an adopted device has.
+        """
         self._no_lun.clear()
         try:
-            self._exposure = await _blocking(how)
+            if self._claim is not None:
+                self._exposure = await _blocking(again)
+            if self._exposure is None:
+                self._exposure = await _blocking(how)
         finally:
             if self._exposure is None:
                 self._no_lun.set()
         self._device.target = self._exposure.wwn
 
-    async def take_down(self) -> None:
-        """Removes the LUN with the server's help, then ends the server. The caller shields it."""
+    @property
+    def left(self) -> bool:
+        """Whether the device stays for a successor."""
+        return self.leaves and self.failed
+
+    async def end(self) -> None:
+        """Removes the LUN with the server's help, or leaves it to a successor, then ends the server. To be shielded."""
         try:
-            await self._take_down_lun()
+            if self.left:
+                _log.warning("%s: left in its place, blocked, until it is adopted", self._device.name)
+                await _blocking(_lio.block, self._backstore)
+            else:
+                await self._take_down_lun()
         finally:
+            self._control_scope.cancel()
             self._server_scope.cancel()
 
     async def _take_down_lun(self) -> None:
@@ -307,6 +369,62 @@ class _Service:
             withdrawn.set()
 
 
+class _Shape:
+    """What was asked for: to make a device of, or to compare one with that a dead process has left."""
+
+    def __init__(self, name: str | None, handler: str, config: str, *, wwn: str | None, **limits: int | None) -> None:
+        self._name = name
+        self._handler = handler
+        self._config = config
+        self._wwn = wwn
+        self._limits = limits
+
+    def claim(self, handler: Handler) -> _adoption.Claim | None:
+        """Claims the device that a dead process has left, if there is one, and fences it."""
+        dev_config = _lio.device_config(self._handler, self._config)
+        claim = _adoption.find(self._name, dev_config, persistent=handler.persistent)
+        if claim is not None:
+            try:
+                claim.fence()
+            except BaseException:
+                claim.close()
+                raise
+        return claim
+
+    def verify(self, backstore: _lio.Backstore, handler: Handler) -> _lio.Backstore:
+        """Refuses a device that is not as it was asked for."""
+        wanted: dict[str, object] = {"dev_size": handler.size, "hw_block_size": handler.block_size}
+        limits = dict(self._limits)
+        if (sectors := limits.pop("max_sectors")) is not None:
+            wanted["hw_max_sectors"] = _lio.whole_pages(sectors, handler.block_size)
+        wanted |= {"max_data_area_mb": limits.pop("data_area_mb"), **limits}
+        wwn = self._wwn or _lio.default_wwn(backstore.name, _lio.device_config(self._handler, self._config))
+        _adoption.check_same(backstore, wanted, wwn)
+        return backstore
+
+    def create(self, handler: Handler) -> _lio.Backstore:
+        """Makes the device."""
+        return _lio.create_backstore(
+            self._name or _names(_stem(self._handler, self._config)),
+            self._handler,
+            self._config,
+            handler.size,
+            block_size=handler.block_size,
+            wwn=self._wwn,
+            **self._limits,
+        )
+
+
+@asynccontextmanager
+async def _claimed(shape: _Shape | None, handler: Handler) -> AsyncIterator[_adoption.Claim | None]:
+    claim = await _blocking(shape.claim, handler) if shape else None
+    try:
+        yield claim
+    finally:
+        if claim is not None:
+            claim.close()
+
+
 @asynccontextmanager
 async def _opened(handler: Handler, grace: float) -> AsyncIterator[None]:
     """Opens and closes a handler; what it has to store when it closes is not lost to a cancellation."""
@@ -335,6 +453,12 @@ async def _first(*events: trio.Event) -> None:
 async def _cancel_on(event: trio.Event, scope: trio.CancelScope) -> None:
     await event.wait()
     scope.cancel()
+
+
+def _is_failure(error: BaseException) -> bool:
+    """Whether it is more than a cancellation."""
+    group = isinstance(error, BaseExceptionGroup) and error.subgroup(Exception) is not None
+    return group or isinstance(error, Exception)
 
 
 def _class_name(handler: Handler) -> str:

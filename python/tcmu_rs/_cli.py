@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import click
 import trio
 
-from . import _devices, _doctor, _lio, _registry
+from . import _devices, _doctor, _errors, _lio, _registry
 
 _log = logging.getLogger("tcmu_rs")
 
@@ -84,7 +84,7 @@ def _messages(error: BaseException) -> Iterator[str]:
         yield error.format_message()
     elif isinstance(error, OSError) and error.strerror:
         yield f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    elif isinstance(error, (_lio.LioError, _registry.RegistryError, ValueError)):
+    elif isinstance(error, (_lio.LioError, _registry.RegistryError, _errors.CopyError, ValueError)):
         yield str(error)
     else:
         yield f"{type(error).__name__}: {error} (`tcmu-rs --debug ...` shows where)"
@@ -197,6 +197,8 @@ def attach(
     node are printed on one line, separated by a tab (the target's name for iSCSI, the configfs directory
     without a fabric). A second signal cancels what is still in flight.
 
+    If a killed server of the same SPEC has left the device behind, it is adopted: its users notice a pause only.
+
     \b
     Examples:
       tcmu-rs attach file:/var/tmp/disk.img --size 10G --create
@@ -224,7 +226,9 @@ def attach(
         place = device.path or device.target or device.configfs
         print(json.dumps(record) if as_json else f"{device.name}\t{place}", flush=True)
 
-    attaching = functools.partial(_attach.attach, handler, spec=f"{handler_name}:{config}", **device_options)
+    attaching = functools.partial(
+        _attach.attach, handler, spec=f"{handler_name}:{config}", adopt=True, **device_options
+    )
     trio.run(_serve_until_signal, attaching, announce)
 
 
@@ -417,7 +421,14 @@ def create(
     """
     name, config = spec
     options = _options(size=size, create=True, read_only=False, block_size=block_size, extra=extra)
-    trio.run(_find_class(name, handler_class).create, config, options)
+    trio.run(_create, _find_class(name, handler_class), config, options)
+
+
+async def _create(handler_class: Any, config: str, options: Any) -> None:
+    handler = await handler_class.create(config, options)
+    if handler is not None:
+        # It was never opened; but it may hold what has to be forgotten.
+        await handler.aclose()
 
 
 @main.command()
@@ -545,3 +556,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)
+
+
+# Commands in modules of their own, which use what is above.
+from . import _cli_copy  # noqa: E402
+
+main.add_command(_cli_copy.copy)

@@ -11,16 +11,16 @@ import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import trio
 
-from . import _lio, _sysfs
+from . import _adoption, _control, _lio, _sysfs
 from ._errors import DeviceError
 from ._handler import Handler, Options, check
 from ._netlink import DeviceEvents, Rescan
-from ._runtime import GRACE, serve_uio
+from ._runtime import GRACE, serve_uio, verbs
 
 if TYPE_CHECKING:
     from ._native import DeviceEvent
@@ -40,6 +40,7 @@ class _Service:
         self.uio = uio
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
+        self.claim: _adoption.Claim | None = None
         self.device: Device | None = None
         self.removed = False
 
@@ -73,6 +74,7 @@ class Daemon:
     async def _run(self, task_status: trio.TaskStatus[Daemon]) -> None:
         async with trio.open_nursery() as nursery:
             self._rescan(nursery)
+            nursery.start_soon(_control.offer, verbs(lambda: self.devices))
             task_status.started(self)
             async for event in self._events:
                 if isinstance(event, Rescan):
@@ -132,10 +134,36 @@ class Daemon:
         backstore = _lio.Backstore(uio.name, uio.hba, "")
         kind = self._handler_of(uio.config)
         assert kind is not None
+        async with AsyncExitStack() as stack:
+            if event is None:
+                # Before the storage is opened, which may take long: what the process before us left waits already.
+                await self._claim(service, backstore, stack)
+            await self._open_handler_and_serve(service, kind, backstore, event, stack)
+
+    async def _claim(self, service: _Service, backstore: _lio.Backstore, stack: AsyncExitStack) -> None:
+        """Takes a device that may have been served before, and may be in use."""
+        service.claim = claim = await trio.to_thread.run_sync(_adoption.Claim, backstore, service.uio)
+        stack.callback(claim.close)
+        await trio.to_thread.run_sync(claim.fence)
+
+    async def _open_handler_and_serve(
+        self,
+        service: _Service,
+        kind: type[Handler],
+        backstore: _lio.Backstore,
+        event: DeviceEvent | None,
+        stack: AsyncExitStack,
+    ) -> None:
+        uio = service.uio
         try:
             size, block_size = await trio.to_thread.run_sync(_shape, backstore)
             config = _lio.decode_config(uio.config.partition("/")[2])
             handler = kind.from_config(config, Options(size=size, block_size=block_size))
+            if service.claim and service.claim.was_served and not handler.persistent:
+                raise _lio.LioError(
+                    f"what {uio.config} stored has gone with the process that served it",
+                    f"remove the device, for instance: tcmu-rs detach {uio.name}",
+                )
             await handler.__aenter__()
         except BaseException as error:
             # The program that makes the device gets the error number, and the device is gone.
@@ -156,6 +184,7 @@ class Daemon:
                 raise
             if event is not None:
                 self._events.reply(event)
+                await self._claim(service, backstore, stack)
             async with trio.open_nursery() as nursery:
                 service.device = await nursery.start(self._serve_ring, handler, service, backstore)
                 _log.info("%s: serving %s", uio.name, uio.config)
@@ -172,7 +201,7 @@ class Daemon:
             service.uio,
             name=service.uio.name,
             wwn=await _serial(backstore),
-            take_over=True,
+            claimed=service.claim.fd if service.claim else None,
             before_stop=service.block,
             grace=self._grace,
             task_status=task_status,

@@ -58,6 +58,7 @@ def examine(root: Path = Path("/"), *, release: str | None = None) -> list[Check
         configfs,
         _target(root, loadable=modules[0].ok and configfs.ok),
         _nodes(root),
+        _reservations(root),
         *_libraries(),
         _file_io(root),
     ]
@@ -148,6 +149,17 @@ def _nodes(root: Path) -> Check:
     missing = [name for name in uio if not (root / "dev" / name).exists()]
     found = f"no /dev/{missing[0]}" if missing else "/dev is no devtmpfs: new disks have no node"
     return Check("device nodes", False, True, found, "mount -t devtmpfs none /dev, or leave the container")
+
+
+def _reservations(root: Path) -> Check:
+    """Looks for the directory of `__core_scsi3_write_aptpl_to_file`: without it PERSISTENT RESERVE OUT always fails."""
+    database = "etc/target" if (root / "etc/target").is_dir() else "var/target"
+    # What the loaded module has chosen, which is the former if it was there at the time.
+    with suppress(OSError):
+        database = (root / "sys/kernel/config/target/dbroot").read_text().strip().lstrip("/")
+    if (root / database / "pr").is_dir():
+        return Check("reservations", True, False, f"/{database}/pr")
+    return Check("reservations", False, False, f"no /{database}/pr", f"mkdir -p /{database}/pr")
 
 
 def _libraries() -> Iterator[Check]:

@@ -28,6 +28,10 @@ class RingCorruptError(DeviceError):
     """The shared memory holds what no kernel writes; it is not touched any more."""
 
 
+class CopyError(Exception):
+    """A copy of a disk has failed; the text says where and why, and its cause is what was raised there."""
+
+
 class Failure(NamedTuple):
     """How a command fails: SAM status; sense key, ASC and ASCQ of a CHECK CONDITION; INFORMATION field."""
 

@@ -79,12 +79,16 @@ class Handler:
         size: Bytes of the medium; for other devices than disks what the kernel should believe.
         block_size: Bytes of a logical block.
         max_in_flight: How many commands may run at once. With 1 there is no concurrency to think of.
+        persistent: What a command that was answered has stored is found by the next process that opens the same
+            configuration, even if this one was killed. Without that promise no other process goes on with the device:
+            its initiators would find a disk that has forgotten what they wrote.
     """
 
     api_version: ClassVar[int] = API_VERSION
     size: int
     block_size: int = 512
     max_in_flight: int = 1
+    persistent: bool = False
 
     @classmethod
     def from_config(cls, config: str, options: Options) -> Self:
@@ -98,9 +102,26 @@ class Handler:
         return cls()
 
     @classmethod
-    async def create(cls, config: str, options: Options) -> None:
-        """Makes the storage (`tcmu-rs create`). **If omitted**: there is nothing to make, which is an error."""
+    async def create(cls, config: str, options: Options) -> Handler | None:
+        """Makes the storage (`tcmu-rs create`), never over storage that is there. **If omitted**: that is an error.
+
+        Of storage that is new every byte reads as one that was discarded.
+
+        Returns:
+            A handler of what was made, to be opened or only closed by the caller; or None, and then `from_config` with
+            the same text and options has to do. Return one where `from_config` would not take the options, or would ask
+            for a secret again.
+        """
         raise ValueError(f"{cls.__name__} has no storage to create")
+
+    @classmethod
+    async def remove(cls, config: str, options: Options) -> bool:
+        """Takes away what `create` has made a moment ago, because what was to fill it failed.
+
+        Returns:
+            Whether it is gone. **If omitted**: False, so that people are told of what is left.
+        """
+        return False
 
     async def open(self) -> None:
         """Takes the storage; called before the device exists. **If omitted**: nothing to take."""
@@ -146,9 +167,9 @@ class BlockHandler(Handler):
 
     Offsets and lengths are multiples of `block_size`, inside the disk and never empty; the caller has checked.
 
-    A handler that ends in a file moves data with `await iov.read_from(fd, offset)` and `await iov.write_to(fd, offset)`:
-    without suspending if the page cache can, and never with a thread where io_uring is allowed. `tcmu_rs.fdatasync(fd)`
-    and `tcmu_rs.fallocate(fd, mode, offset, length)` do the same for `flush` and `discard`.
+    A handler that ends in a file moves data with `await iov.read_from(fd, offset)` and `await iov.write_to(fd, offset,
+    fua=fua)`: without suspending if the page cache can, and with no thread where io_uring is allowed.
+    `tcmu_rs.fdatasync(fd)` and `fallocate(fd, mode, offset, length)` do the same for `flush` and `discard`.
 
     Each method is one of three colours: `async def` runs in the event loop and may wait; `def` runs in the event
     loop and must not block; `@tcmu_rs.blocking def` runs in a thread. The order among commands in flight is nobody's

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
 
-from ._handler import BlockHandler, Colour, check, colour_of, has
+from ._handler import BlockHandler, Colour, ExtentState, check, colour_of, has
 from ._native import IoVec
 
 
@@ -46,6 +46,7 @@ class Lower:
         has_cache: What is written is durable only after `flush`; without it, when `write` returns.
         can_discard: `discard` works.
         can_write_zeroes: `write_zeroes` works.
+        can_extents: `extents` works.
         discard_zeroes: What was discarded reads as zeroes.
         fills_reads: `read` promises to write every byte.
     """
@@ -58,6 +59,7 @@ class Lower:
     has_cache: bool
     can_discard: bool
     can_write_zeroes: bool
+    can_extents: bool
     discard_zeroes: bool
     fills_reads: bool
 
@@ -67,6 +69,8 @@ class Lower:
     """Gives up a range: offset and length."""
     write_zeroes: Callable[[int, int], Awaitable[None]]
     """Makes a range read as zeroes: offset and length."""
+    extents: Callable[[int, int], Awaitable[Sequence[tuple[int, ExtentState]]]]
+    """Which parts of a range have storage: see `BlockHandler`."""
 
     def __init__(self, handler: BlockHandler) -> None:
         self.handler = handler
@@ -98,12 +102,14 @@ class Lower:
         self.has_cache = has(handler, "flush")
         self.can_discard = self.writable and has(handler, "discard")
         self.can_write_zeroes = self.writable and has(handler, "write_zeroes")
+        self.can_extents = has(handler, "extents")
         self.discard_zeroes = handler.discard_zeroes
         self.fills_reads = handler.fills_reads
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self.read = self._awaitable("read")
         self.discard = self._awaitable("discard")
         self.write_zeroes = self._awaitable("write_zeroes")
+        self.extents = self._awaitable("extents")
         self._write = self._awaitable("write")
         self._flush = self._awaitable("flush")
 
@@ -125,7 +131,7 @@ class Lower:
         if self.has_cache:
             await self._flush()
 
-    def _awaitable(self, name: str) -> Callable[..., Awaitable[None]]:
+    def _awaitable(self, name: str) -> Callable[..., Awaitable[Any]]:
         """A method as one that is awaited; an `async def` is the handler's own, with nothing around it."""
         handler = self.handler
         if not has(handler, name):
@@ -139,12 +145,16 @@ class Lower:
         if colour is Colour.ASYNC:
             return method
 
-        async def plain(*args: Any, **kwargs: Any) -> None:
-            if isinstance(method(*args, **kwargs), Awaitable):
+        async def plain(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            if isinstance(result, Awaitable):
+                # Or the traceback would keep it, and its complaint that nobody awaited it.
+                del result
                 what = f"{type(handler).__name__}.{name}()"
                 raise TypeError(f"{what} is a plain function that returned an awaitable: write `async def`")
+            return result
 
-        async def in_thread(*args: Any, **kwargs: Any) -> None:
-            await trio.to_thread.run_sync(functools.partial(method, *args, **kwargs), limiter=self._limiter)
+        async def in_thread(*args: Any, **kwargs: Any) -> Any:
+            return await trio.to_thread.run_sync(functools.partial(method, *args, **kwargs), limiter=self._limiter)
 
         return plain if colour is Colour.PLAIN else in_thread

@@ -208,6 +208,12 @@ def _check_positive(**values: int | None) -> None:
             raise InvalidRequestError(f"invalid {key} {value}", "use a positive number")
 
 
+def whole_pages(blocks: int, block_size: int) -> int:
+    """Rounds a number of blocks down to whole pages, as the kernel does with the largest transfer."""
+    per_page = max(os.sysconf("SC_PAGE_SIZE") // block_size, 1)
+    return max(blocks - blocks % per_page, per_page)
+
+
 def default_wwn(name: str, dev_config: str) -> str:
     """Computes a serial number that is the same whenever the same device is made on this machine."""
     machine = ""
@@ -274,7 +280,7 @@ def _rtslib() -> ModuleType:
     return rtslib_fb  # type: ignore[no-any-return]
 
 
-def _own_errors(function: Callable[_P, _T]) -> Callable[_P, _T]:
+def own_errors(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Turns errors of rtslib and of the file system into `LioError`."""
 
     @functools.wraps(function)
@@ -391,7 +397,7 @@ def _backstore(name: str, hba: int) -> Backstore:
     return Backstore(name, hba, serial_number(Backstore(name, hba, "")))
 
 
-@_own_errors
+@own_errors
 def create_backstore(
     name: str | Iterator[str],
     handler: str,
@@ -443,8 +449,7 @@ def create_backstore(
     if wwn is not None:
         _check_wwn(wwn)
     if max_sectors is not None:
-        per_page = max(os.sysconf("SC_PAGE_SIZE") // block_size, 1)
-        max_sectors = max(max_sectors - max_sectors % per_page, per_page)
+        max_sectors = whole_pages(max_sectors, block_size)
 
     # The order matters: the kernel checks the block of data pages against the data area known by then.
     control = {
@@ -518,7 +523,7 @@ def _verify(backstore: Backstore, wanted: Mapping[str, object]) -> None:
             )
 
 
-@_own_errors
+@own_errors
 def remove_backstore(backstore: Backstore) -> None:
     """Removes a backstore that no LUN uses any more; one that is gone already is fine.
 
@@ -543,7 +548,7 @@ def remove_backstore(backstore: Backstore) -> None:
 # Exposures
 
 
-@_own_errors
+@own_errors
 def expose_loopback(backstore: Backstore) -> Exposure:
     """Makes the backstore a disk of this machine, through a loopback target of its own.
 
@@ -554,7 +559,7 @@ def expose_loopback(backstore: Backstore) -> Exposure:
     return _expose(backstore, Exposure("loopback", wwn), lambda portal_group: None)
 
 
-@_own_errors
+@own_errors
 def expose_iscsi(
     backstore: Backstore,
     iqn: str | None = None,
@@ -613,7 +618,7 @@ def _expose(backstore: Backstore, exposure: Exposure, configure: Callable[[Any],
     return exposure
 
 
-@_own_errors
+@own_errors
 def withdraw(exposure: Exposure) -> None:
     """Removes a target with its LUN; one that is gone already, or half removed, is fine.
 
@@ -641,6 +646,23 @@ def exposures(backstore: Backstore) -> list[Exposure]:
     return [Exposure(path.parent.name, path.name) for path in sorted(found) if path.is_dir()]
 
 
+def is_complete(exposure: Exposure, backstore: Backstore) -> bool:
+    """Tells whether a target that we made offers the backstore, and not merely was being made or removed."""
+    link = exposure.lun / _LINK
+    if not link.is_symlink() or Path(os.path.realpath(link)) != backstore.path:
+        return False
+    if exposure.fabric == "loopback":
+        return loopback_address(exposure.lun) is not None
+    return bool(portals(exposure)) and _read(exposure.path / "tpgt_1/enable") == "1"
+
+
+def portals(exposure: Exposure) -> list[str]:
+    """Lists where an iSCSI target listens, as `ADDRESS:PORT`."""
+    with suppress(FileNotFoundError):
+        return sorted(portal.name for portal in (exposure.path / "tpgt_1/np").iterdir())
+    return []
+
+
 def luns() -> dict[Path, list[Path]]:
     """Finds the LUN directories of all targets, by the directory of the backstore that they offer.
 
@@ -660,14 +682,24 @@ def loopback_address(lun: Path) -> str | None:
     return None
 
 
-@_own_errors
+def act(backstore: Backstore, action: str, value: int) -> None:
+    """Writes a number into one of the kernel's actions for a device.
+
+    Raises:
+        FileNotFoundError: The device is gone.
+        LioError: The kernel refuses.
+    """
+    _write(backstore.path / "action" / action, str(value))
+
+
+@own_errors
 def block(backstore: Backstore) -> None:
     """Has the kernel answer "busy" for a device; one that is gone already is fine."""
     with suppress(FileNotFoundError):
-        _write(backstore.path / "action/block_dev", "1")
+        act(backstore, "block_dev", 1)
 
 
-@_own_errors
+@own_errors
 def fail_commands(backstore: Backstore, stop: threading.Event) -> None:
     """Fails the commands of a device that nobody serves, until told to stop, so that nothing waits for them.
 
@@ -687,9 +719,9 @@ def fail_commands(backstore: Backstore, stop: threading.Event) -> None:
     try:
         # The process that died may have left it blocked.
         with suppress(FileNotFoundError):
-            _write(backstore.path / "action/block_dev", "0")
+            act(backstore, "block_dev", 0)
             while True:
-                _write(backstore.path / "action/reset_ring", "2")
+                act(backstore, "reset_ring", 2)
                 if stop.wait(_RESET_INTERVAL):
                     break
     finally:

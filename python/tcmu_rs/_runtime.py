@@ -29,6 +29,7 @@ from . import _errors, _files, _native
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 
 if TYPE_CHECKING:
+    from . import _control
     from ._sysfs import UioDevice
 
 logger = logging.getLogger("tcmu_rs")
@@ -658,6 +659,21 @@ async def serve_ring(
         await device.run(task_status)
 
 
+def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
+    """What other processes may ask of the server of some devices, over its control socket.
+
+    `statistics`: the key `devices` of the answer has a record for each device, or, with a key `name` in the request,
+    for that device alone, if it is served here.
+    """
+
+    async def statistics(request: _control.Message, channel: _control.Channel) -> dict[str, Any]:
+        name = request.body.get("name")
+        asked = [device for device in devices() if name in (None, device.name)]
+        return {"devices": [{"name": device.name, **device.statistics()} for device in asked]}
+
+    return {"statistics": statistics}
+
+
 def naa_of(serial: str) -> bytes:
     """The NAA-6 designator that LIO itself derives from a unit serial number (`spc_gen_naa_6h_vendor_specific`).
 
@@ -678,7 +694,7 @@ async def serve_uio(
     *,
     name: str,
     wwn: str,
-    take_over: bool = False,
+    claimed: int | None = None,
     strict: bool = False,
     grace: float = GRACE,
     before_stop: Callable[[], None] | None = None,
@@ -691,8 +707,8 @@ async def serve_uio(
         uio: The device; nobody else may have it open.
         name: For the log.
         wwn: The backstore's unit serial number.
-        take_over: Another process may have served the device before, and initiators may use it now: what that process
-            left unanswered is given back to them as BUSY. The device is unblocked when commands flow.
+        claimed: The node, open already, of a device that is blocked and whose ring is empty (`_adoption.Claim.fence`).
+            It is unblocked when commands flow. The descriptor stays the caller's.
         strict: As for `serve_ring`.
         grace: As for `serve_ring`.
         before_stop: As for `serve_ring`.
@@ -702,13 +718,8 @@ async def serve_uio(
         OSError: The device cannot be opened; EBUSY if another process serves it.
         DeviceError: The device went away, or its shared memory is corrupt.
     """
-    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if claimed is None else claimed
     try:
-        if take_over:
-            # Opened first: the kernel trips over the reset of a device that nobody ever opened. Entries of the
-            # process before us cannot be continued: its answers may lie in the slots of commands that still run.
-            await trio.to_thread.run_sync(_action, uio, "block_dev", 1)
-            await trio.to_thread.run_sync(_action, uio, "reset_ring", 1)
 
         async def serve(task_status: trio.TaskStatus[Device]) -> None:
             await serve_ring(
@@ -726,7 +737,7 @@ async def serve_uio(
                 task_status=task_status,
             )
 
-        if not take_over:
+        if claimed is None:
             await serve(task_status)
             return
         async with trio.open_nursery() as nursery:
@@ -734,4 +745,5 @@ async def serve_uio(
             await trio.to_thread.run_sync(_action, uio, "block_dev", 0)
             task_status.started(device)
     finally:
-        os.close(fd)
+        if claimed is None:
+            os.close(fd)

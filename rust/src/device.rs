@@ -168,6 +168,9 @@ impl Device {
                 None => break,
                 Some(Entry::TaskManagement(tmr)) => {
                     self.abort_waiting(&tmr)?;
+                    if let (abi::tmr::LUN_RESET, Some(unit)) = (tmr.kind, &self.unit) {
+                        unit.reset();
+                    }
                     work.push(Work::TaskManagement(tmr));
                 }
                 Some(Entry::Command(command)) => {

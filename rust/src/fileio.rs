@@ -59,6 +59,10 @@ pub struct Transfer<M> {
     bounce: Option<Bounce>,
     /// The descriptor goes around the page cache.
     direct: bool,
+    /// The file knows `RWF_NOWAIT`: io_uring may try without a thread of its own. With one that does not, io_uring asks
+    /// the file system whether it can be waited for, and waits for the answer, in our thread: a FUSE server, perhaps in
+    /// this very process, would have to give it.
+    tries: bool,
 }
 
 impl<M: Memory> Transfer<M> {
@@ -71,7 +75,7 @@ impl<M: Memory> Transfer<M> {
             Operation::Read | Operation::Write { .. } => memory.length(),
             Operation::Sync | Operation::Allocate { .. } => 0,
         };
-        Self { fd, operation, offset, length, done: 0, memory, bounce: None, direct: false }
+        Self { fd, operation, offset, length, done: 0, memory, bounce: None, direct: false, tries: false }
     }
 
     /// Bytes that are to be moved.
@@ -101,7 +105,11 @@ impl<M: Memory> Transfer<M> {
             return Ok(true);
         }
         self.direct = syscall::is_direct(self.fd)?;
-        if self.direct || self.operation == (Operation::Write { durable: true }) {
+        if self.direct {
+            self.tries = syscall::tries_direct(self.fd);
+            return Ok(false);
+        }
+        if self.operation == (Operation::Write { durable: true }) {
             return Ok(false);
         }
         let mut vectors = Vectors::default();
@@ -116,8 +124,12 @@ impl<M: Memory> Transfer<M> {
                 Err(error) => {
                     return match error.raw_os_error() {
                         Some(libc::EINTR) => continue,
-                        // Not cached; or the file system does not know the flag, or not for this.
-                        Some(libc::EAGAIN | libc::EOPNOTSUPP | libc::EINVAL) => Ok(false),
+                        Some(libc::EAGAIN) => {
+                            self.tries = true;
+                            Ok(false)
+                        }
+                        // The file system does not know the flag, or not for this.
+                        Some(libc::EOPNOTSUPP | libc::EINVAL) => Ok(false),
                         _ => Err(error),
                     };
                 }
@@ -171,7 +183,12 @@ impl<M: Memory> Transfer<M> {
         match result {
             Ok(bytes) => self.moved(bytes),
             Err(error) => match error.raw_os_error() {
-                Some(libc::EINTR | libc::EAGAIN) => Ok(false),
+                Some(libc::EINTR) => Ok(false),
+                Some(libc::EAGAIN) => {
+                    // It was tried, and is not to be tried again.
+                    self.tries = false;
+                    Ok(false)
+                }
                 // O_DIRECT wants memory that begins and ends at blocks. The kernel's does, that of other layers need not.
                 Some(libc::EINVAL) if self.direct && self.length > 0 && self.bounce.is_none() => {
                     let bounce = Bounce::new(self.length)?;

@@ -77,6 +77,15 @@ impl Mapping {
         Ok(Self { map })
     }
 
+    /// A page of nobody's, to put in the place of a mapping that shall go.
+    ///
+    /// # Errors
+    /// What `mmap(2)` says.
+    pub fn anonymous() -> io::Result<Self> {
+        let map = MmapOptions::new().len(4096).map_anon()?.into();
+        Ok(Self { map })
+    }
+
     /// Bytes of the mapping.
     #[must_use]
     pub fn size(&self) -> usize {

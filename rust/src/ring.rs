@@ -314,6 +314,12 @@ impl Ring {
         &self.mapping
     }
 
+    /// Where the oldest entry is that was not handed back; 0 in a ring that nobody has served.
+    #[must_use]
+    pub fn tail(&self) -> u32 {
+        self.tail
+    }
+
     /// Whether the mailbox has a capability flag (`MAILBOX_FLAG_CAP_*`).
     #[must_use]
     pub fn has(&self, capability: u16) -> bool {
@@ -570,9 +576,13 @@ impl Ring {
         Ok(true)
     }
 
-    /// Gives the ring up: nothing is read or written any more.
+    /// Gives the ring up: nothing is read or written any more. The mapping goes as soon as no data of a command is
+    /// looked at, though somebody may still hold the ring: the kernel lets nobody else open the device before.
     pub fn abandon(&mut self) {
         self.dead = true;
+        if let Ok(nothing) = Mapping::anonymous() {
+            self.mapping = Arc::new(nothing);
+        }
     }
 
     /// Whether the ring was given up, by an error or by [`Ring::abandon`].

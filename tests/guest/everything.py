@@ -21,6 +21,7 @@ class Everything(RamHandler):
     """A disk with every optional feature: write cache, thin provisioning, extents, atomic writes, a medium to eject."""
 
     removable = True
+    max_in_flight = 8
     max_atomic_write = 1 << 20
 
     async def open(self) -> None:

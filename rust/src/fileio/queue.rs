@@ -59,8 +59,6 @@ struct Slot<M> {
     vectors: Vectors,
     in_kernel: bool,
     cancelled: bool,
-    /// The kernel is not to try without waiting: it has tried, and says EAGAIN (a descriptor with O_NONBLOCK).
-    wait: bool,
 }
 
 // SAFETY: what is not `Send` are the addresses in `vectors`. They are passed on to the kernel and never used from Rust,
@@ -151,7 +149,6 @@ impl<M: Memory> Queue<M> {
             vectors: Vectors::default(),
             in_kernel: false,
             cancelled: false,
-            wait: false,
         }));
         self.waiting.push_back(index);
         ticket
@@ -263,7 +260,6 @@ impl<M: Memory> Queue<M> {
             self.in_kernel -= 1;
             let result = usize::try_from(entry.result())
                 .map_err(|_| io::Error::from_raw_os_error(entry.result().wrapping_neg()));
-            slot.wait |= entry.result() == -libc::EAGAIN;
             let over = match slot.transfer.settle(result) {
                 Ok(true) => Ok(()),
                 Ok(false) if slot.cancelled => Err(canceled()),
@@ -294,7 +290,7 @@ impl<M: Memory> Slot<M> {
                 opcode::Fallocate::new(fd, length).offset(transfer.position()).mode(mode).build()
             }
         };
-        let flags = if self.wait { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        let flags = if transfer.tries { squeue::Flags::empty() } else { squeue::Flags::ASYNC };
         request.flags(flags).user_data(self.ticket.0)
     }
 }

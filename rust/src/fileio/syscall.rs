@@ -19,6 +19,16 @@ pub(super) fn is_direct(fd: RawFd) -> io::Result<bool> {
     if flags < 0 { Err(io::Error::last_os_error()) } else { Ok(flags & libc::O_DIRECT != 0) }
 }
 
+/// Whether a file that is opened with O_DIRECT knows `RWF_NOWAIT`: asked with a transfer that no storage does.
+pub(super) fn tries_direct(fd: RawFd) -> bool {
+    let mut byte = 0u8;
+    let vector = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    // SAFETY: one vector, which points to one byte that nobody else uses.
+    let result = unsafe { libc::preadv2(fd, &raw const vector, 1, 1, libc::RWF_NOWAIT) };
+    // The flag is looked at first, and then that one byte is not a block.
+    result >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EOPNOTSUPP)
+}
+
 /// `preadv2(2)` or `pwritev2(2)` of what `vectors` has.
 pub(super) fn vectored<M: Memory>(
     transfer: &Transfer<M>,

@@ -209,13 +209,14 @@ impl FileQueue {
     }
 
     /// Begins what was started, with one system call. What is over makes the descriptor readable.
-    fn submit(&self) -> PyResult<()> {
-        self.with(Queue::submit)?.map_err(|error| os_error(&error))
+    fn submit(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.with(Queue::submit))?.map_err(|error| os_error(&error))
     }
 
     /// Begins what was started, and returns what is over: tickets, each with an OSError or None.
     fn finish<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        let finished = self.with(Queue::finish)?.map_err(|error| os_error(&error))?;
+        // What is begun may be much, and a file system may want an answer from another thread of this process.
+        let finished = py.detach(|| self.with(Queue::finish))?.map_err(|error| os_error(&error))?;
         let list = PyList::empty(py);
         for done in finished {
             // The memory goes back before anybody learns that it is over; and not under the lock, for the objects that

@@ -65,6 +65,13 @@ impl Ring {
         Ok(Self { device: Arc::new(device), intercept, fills_reads })
     }
 
+    /// Whether anybody has answered a command of the device since its ring was last reset.
+    #[staticmethod]
+    fn was_served(memory: RawFd, size: usize) -> PyResult<bool> {
+        let mapping = Mapping::new(&duplicate(memory)?, size).map_err(DeviceError::from)?;
+        Ok(crate::ring::Ring::attach(Arc::new(mapping)).map_err(DeviceError::from)?.tail() != 0)
+    }
+
     /// The descriptor to wait for.
     fn fileno(&self) -> PyResult<RawFd> {
         Ok(self.device.event_fd()?)

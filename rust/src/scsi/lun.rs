@@ -249,6 +249,12 @@ impl LogicalUnit {
         self.software_write_protect.store(on, Ordering::Relaxed);
     }
 
+    /// LOGICAL UNIT RESET: removal of the medium is allowed again. Mode parameters stay as they are: an initiator that
+    /// has turned the write cache off flushes no more, and must not find it on again.
+    pub fn reset(&self) {
+        self.set_removal_prevented(false);
+    }
+
     /// Why nothing can be written, if so.
     pub(super) fn is_write_protected(&self) -> Option<Sense> {
         if !self.capabilities.write {

@@ -88,6 +88,10 @@ fn a_removable_medium() {
     assert_good(disk.command(&prevent(0)));
     assert_good(disk.command(&start_stop(LOEJ | START)));
     assert_good(disk.command(&[0; 6]));
+    assert_good(disk.command(&prevent(1)));
+    disk.lu.reset();
+    assert_good(disk.command(&start_stop(LOEJ)));
+    assert_good(disk.command(&start_stop(LOEJ | START)));
     assert_invalid_field(disk.command(&prevent(2)), 4, 1);
     assert_check(Disk::new(16, ALL).command(&prevent(1)), Sense::INVALID_OPCODE);
 }

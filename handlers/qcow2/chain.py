@@ -1,0 +1,148 @@
+"""Opening: an image, and the files that it names."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from ._errors import Qcow2Error
+from .header import CORRUPT, DATA_FILE, MAGIC, Header, parse
+from .image import Image, RawSource, Source
+from .pages import Pages
+from .snapshots import find_snapshot, read_snapshots
+from .storage import Storage
+from .tables import Tables
+
+MAX_CHAIN = 64
+_HEAD = 64 << 10
+_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+StorageFactory = Callable[..., Storage]
+
+
+def read_header(storage: Storage) -> Header:
+    """Reads the header of an image.
+
+    Raises:
+        Qcow2Error: It is none, or not supported.
+    """
+    data = storage.pread(0, _HEAD)
+    if len(data) == _HEAD and 16 < data[23] <= 21:
+        # The first cluster is larger.
+        data += storage.pread(_HEAD, (1 << data[23]) - _HEAD)
+    try:
+        return parse(data)
+    except Qcow2Error as error:
+        raise Qcow2Error(f"{storage.path}: {error}") from None
+
+
+def open_image(
+    path: str | os.PathLike[str],
+    *,
+    writable: bool,
+    snapshot: str | None = None,
+    root: str | os.PathLike[str] | None = None,
+    storage: StorageFactory = Storage,
+    chain: tuple[tuple[int, int], ...] = (),
+) -> Image:
+    """Opens an image and what is below it. Blocks.
+
+    Args:
+        path: Of the image.
+        writable: Open it for writing; what is below never is.
+        snapshot: ID or name of an internal snapshot to read instead.
+        root: Directory in which the files have to be that it names; its own if not given.
+        storage: Opens files.
+        chain: Device and inode of the images above.
+
+    Raises:
+        Qcow2Error: It is damaged, not supported, or names what it must not.
+        OSError: A file cannot be opened.
+    """
+    root = Path(os.path.realpath(root if root is not None else Path(path).parent))
+    file = storage(path, writable=writable)
+    backing: Source | None = None
+    data: Storage | None = None
+    try:
+        identity = Path(path).stat()
+        chain = (*chain, (identity.st_dev, identity.st_ino))
+        header = read_header(file)
+        if writable and header.incompatible & CORRUPT:
+            raise Qcow2Error(
+                f"{path} is marked as corrupt: `qemu-img check -r all` may mend it, or attach it read-only"
+            )
+        if header.incompatible & DATA_FILE:
+            if header.data_file is None:
+                raise Qcow2Error(f"{path} does not say what its data file is")
+            data = storage(_resolve(path, header.data_file, root, "data file"), writable=writable)
+        pages = Pages(file, header.cluster_size)
+        if header.log is not None:
+            raise Qcow2Error(f"{path} was not closed: its log has to be replayed first")
+        size, tables = header.size, Tables(pages, header)
+        if snapshot is not None:
+            found = find_snapshot(read_snapshots(pages, header), snapshot)
+            tables = Tables(pages, header, l1_offset=found.l1_offset, l1_entries=found.l1_entries)
+            size = found.disk_size
+        if header.backing is not None:
+            backing = _open_backing(path, header, root, storage, chain)
+        return Image(file, header, pages, tables=tables, size=size, backing=backing, data=data)
+    except BaseException:
+        file.close()
+        if data is not None:
+            data.close()
+        if backing is not None:
+            backing.close()
+        raise
+
+
+def _open_backing(
+    path: str | os.PathLike[str],
+    header: Header,
+    root: Path,
+    storage: StorageFactory,
+    chain: tuple[tuple[int, int], ...],
+) -> Source:
+    assert header.backing is not None
+    place = _resolve(path, header.backing, root, "backing file")
+    try:
+        identity = place.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, f"the backing file of {path} is missing", str(place)) from None
+    if (identity.st_dev, identity.st_ino) in chain:
+        raise Qcow2Error(f"{path} is its own backing file, by way of {place}")
+    if len(chain) >= MAX_CHAIN:
+        raise Qcow2Error(f"more than {MAX_CHAIN} images are below each other")
+    kind = header.backing_format
+    if kind not in (None, "raw", "qcow2", "file", "host_device"):
+        raise Qcow2Error(f"{path}: a backing file of format {kind!r} is not supported: raw and qcow2 are")
+    if kind == "qcow2":
+        return open_image(place, writable=False, root=root, storage=storage, chain=chain)
+    file = storage(place, writable=False)
+    if kind is None and file.pread(0, 4) == MAGIC:
+        file.close()
+        raise Qcow2Error(
+            f"{path} does not say what format its backing file has: say it with "
+            f"`qemu-img rebase -u -b {header.backing} -F qcow2 {path}` (or -F raw)"
+        )
+    return RawSource(file)
+
+
+def _resolve(path: str | os.PathLike[str], name: str, root: Path, what: str) -> Path:
+    """Where the file is that an image names, as QEMU finds it.
+
+    Raises:
+        Qcow2Error: It is no file, or not inside `root`.
+    """
+    if name.startswith("file:"):
+        name = name.removeprefix("file:")
+    elif _PROTOCOL.match(name):
+        raise Qcow2Error(f"{path}: the {what} {name!r} is no file, which is not supported")
+    # QEMU's path_combine: relative to the directory of the name that was opened, links not followed.
+    place = Path(path).parent / name
+    real = Path(os.path.realpath(place))
+    if not real.is_relative_to(root):
+        raise Qcow2Error(f"{path}: the {what} {place} is outside of {root}: allow it with -o backing-root=DIRECTORY")
+    return place

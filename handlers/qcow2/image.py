@@ -1,0 +1,306 @@
+"""An image that is read: its map, what it names, and what is below it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+from tcmu_rs import IoVec, MediumError
+
+from .codecs import Codec
+from .header import DATA_FILE, Header
+from .pages import Cold, Pages
+from .storage import Storage
+from .tables import COMPRESSED, SUBCLUSTERS, ZERO, Tables
+
+_HOT = 1 << 20
+"""Bytes of decompressed clusters that are kept for readers of parts."""
+
+
+class Kind(IntEnum):
+    """What a guest cluster, or a part of one, is."""
+
+    UNALLOCATED = 0
+    """What is below shines through; zeroes if nothing is."""
+    ZERO = 1
+    PLAIN = 2
+    COMPRESSED = 3
+    CACHED = 4
+    """In memory, newer than the file."""
+
+
+@dataclass(slots=True)
+class Extent:
+    """A range of the disk of one kind.
+
+    Attributes:
+        kind: Of it.
+        length: In bytes.
+        place: Offset in the file of plain data, or the entry of a compressed cluster.
+    """
+
+    kind: Kind
+    length: int
+    place: int = 0
+
+
+class Source(Protocol):
+    """What can be below an image."""
+
+    size: int
+
+    def read(self, offset: int, iov: IoVec, *, wait: bool) -> None:
+        """Fills the `IoVec`; raises `Cold` if not `wait`, and it would have to."""
+
+    def close(self) -> None:
+        """Lets go of it."""
+
+
+class RawSource:
+    """A raw file."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.size = storage.size
+
+    def read(self, offset: int, iov: IoVec, *, wait: bool) -> None:
+        """Reads; what is behind the end is zero."""
+        read_plain(self._storage, offset, iov, wait=wait)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._storage.close()
+
+
+def read_plain(storage: Storage, offset: int, iov: IoVec, *, wait: bool) -> None:
+    """Reads bytes as they are; what is behind the end of the file is zero.
+
+    Raises:
+        Cold: Without `wait`: not all of it is in memory.
+    """
+    total = iov.nbytes
+    try:
+        done = storage.preadv(offset, iov, wait=wait)
+        while done < total:
+            step = storage.preadv(offset + done, list(iov.slice(done, total)), wait=wait)
+            if not step:
+                iov.slice(done, total).zero()
+                return
+            done += step
+    except BlockingIOError:
+        raise Cold(storage, offset, total) from None
+
+
+class Cached(Protocol):
+    """A cluster that is newer in memory than in the file."""
+
+    data: bytearray
+
+
+class Image:
+    """The data of a disk, or of one of its snapshots.
+
+    Args:
+        storage: The image; closed with this.
+        header: Of it.
+        tables: The map, if it is not the active one.
+        size: Bytes of the disk, if they are not those of the active one.
+        backing: What is below; closed with this.
+        data: The external data file; closed with this.
+        pages: Metadata; shared with who writes it.
+
+    Attributes:
+        cache: Clusters that are newer in memory than in the file.
+        block_size: Bytes of a logical block, for the LBA in errors.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        pages: Pages,
+        *,
+        tables: Tables | None = None,
+        size: int | None = None,
+        backing: Source | None = None,
+        data: Storage | None = None,
+    ) -> None:
+        self.storage = storage
+        self.header = header
+        self.pages = pages
+        self.size = header.size if size is None else size
+        self.tables = tables or Tables(pages, header)
+        self.backing = backing
+        self.data = data or storage
+        self.block_size = 512
+        self.cache: dict[int, Cached] = {}
+        self.codec = Codec(header.compression_type, header.cluster_size)
+        self._hot: dict[int, bytes] = {}
+        self._hot_limit = max(2, _HOT >> header.cluster_bits)
+        self._bits = header.cluster_bits
+        self._cluster_size = header.cluster_size
+        self._in_cluster = header.cluster_size - 1
+        self._extended = header.extended_l2
+
+    def close(self) -> None:
+        """Closes all files."""
+        try:
+            self.storage.close()
+        finally:
+            try:
+                if self.data is not self.storage:
+                    self.data.close()
+            finally:
+                if self.backing is not None:
+                    self.backing.close()
+
+    def read(self, offset: int, iov: IoVec, *, wait: bool) -> None:
+        """Fills the `IoVec`; what is behind the end of the disk is zero.
+
+        Raises:
+            Cold: Without `wait`: something is not in memory. Nothing has been changed but the `IoVec`.
+            MediumError: A cluster is damaged.
+        """
+        total = iov.nbytes
+        within = offset & self._in_cluster
+        if within + total <= self._cluster_size and not self._extended and offset + total <= self.size:
+            cluster = offset >> self._bits
+            cached = self.cache.get(cluster)
+            if cached is not None:
+                iov.copy_from(memoryview(cached.data)[within : within + total])
+                return
+            entry = self._entry(cluster, wait)
+            if entry & COMPRESSED:
+                iov.copy_from(memoryview(self.decompressed(entry, cluster, wait))[within : within + total])
+                return
+        if offset + total > self.size:
+            inside = max(0, self.size - offset)
+            iov.slice(inside, total).zero()
+            if not inside:
+                return
+            iov = iov.slice(0, inside)
+            total = inside
+        at = 0
+        for extent in self.extents(offset, total, wait=wait):
+            part = iov if extent.length == total else iov.slice(at, at + extent.length)
+            self._read_extent(extent, offset + at, part, wait)
+            at += extent.length
+
+    def _read_extent(self, extent: Extent, offset: int, part: IoVec, wait: bool) -> None:
+        kind = extent.kind
+        if kind == Kind.PLAIN:
+            read_plain(self.data, extent.place, part, wait=wait)
+        elif kind == Kind.ZERO or (kind == Kind.UNALLOCATED and self.backing is None):
+            part.zero()
+        elif kind == Kind.UNALLOCATED:
+            assert self.backing is not None
+            inside = min(extent.length, max(0, self.backing.size - offset))
+            if inside < extent.length:
+                part.slice(inside, extent.length).zero()
+            if inside:
+                self.backing.read(offset, part.slice(0, inside), wait=wait)
+        else:
+            cluster, within = offset >> self._bits, offset & self._in_cluster
+            data = self.cache[cluster].data if kind == Kind.CACHED else self.decompressed(extent.place, cluster, wait)
+            part.copy_from(memoryview(data)[within : within + extent.length])
+
+    def extents(self, offset: int, length: int, *, wait: bool = True) -> Iterator[Extent]:
+        """What a range is made of, neighbours of one kind together."""
+        stop = offset + length
+        last: Extent | None = None
+        while offset < stop:
+            within = offset & self._in_cluster
+            step = min(self._cluster_size - within, stop - offset)
+            for extent in self._cluster_extents(offset >> self._bits, within, step, wait):
+                if last is None:
+                    last = extent
+                elif extent.kind == last.kind and (
+                    extent.kind <= Kind.ZERO or (extent.kind == Kind.PLAIN and extent.place == last.place + last.length)
+                ):
+                    last.length += extent.length
+                else:
+                    yield last
+                    last = extent
+            offset += step
+        if last is not None:
+            yield last
+
+    def _entry(self, cluster: int, wait: bool) -> int:
+        try:
+            return self.tables.entry(cluster, wait=wait)
+        except OSError as error:
+            if error.errno != errno.EUCLEAN:
+                raise
+            raise self._medium_error(cluster, error) from None
+
+    def _cluster_extents(self, cluster: int, within: int, length: int, wait: bool) -> Iterator[Extent]:
+        if cluster in self.cache:
+            yield Extent(Kind.CACHED, length)
+            return
+        entry = self._entry(cluster, wait)
+        if entry & COMPRESSED:
+            yield Extent(Kind.COMPRESSED, length, entry)
+            return
+        try:
+            host = self.tables.host(entry)
+        except OSError as error:
+            raise self._medium_error(cluster, error) from None
+        if not self._extended:
+            if entry & ZERO and self.header.version > 2:
+                yield Extent(Kind.ZERO, length)
+            elif host or (self.header.incompatible & DATA_FILE and entry):
+                # In a data file a cluster may be at 0.
+                yield Extent(Kind.PLAIN, length, host + within)
+            else:
+                yield Extent(Kind.UNALLOCATED, length)
+            return
+        bitmap = self.tables.bitmap(cluster, wait=wait)
+        size = self._cluster_size // SUBCLUSTERS
+        stop = within + length
+        while within < stop:
+            number = within // size
+            step = min((number + 1) * size, stop) - within
+            allocated, zero = bitmap >> number & 1, bitmap >> (32 + number) & 1
+            if allocated and zero:
+                raise self._medium_error(cluster, OSError(errno.EUCLEAN, "a subcluster is both zero and allocated"))
+            kind = Kind.PLAIN if allocated else Kind.ZERO if zero else Kind.UNALLOCATED
+            yield Extent(kind, step, host + within if allocated else 0)
+            within += step
+
+    def decompressed(self, entry: int, cluster: int, wait: bool) -> bytes:
+        """The data of a compressed cluster.
+
+        Args:
+            entry: Of it.
+            cluster: The guest cluster, for the error.
+            wait: Or raise `Cold`.
+        """
+        data = self._hot.get(entry)
+        if data is not None:
+            return data
+        offset, length = self.tables.place(entry)
+        try:
+            stored = self.storage.pread(offset, length, wait=wait)
+        except BlockingIOError:
+            raise Cold(self.storage, offset, length) from None
+        try:
+            data = self.codec.decompress(stored)
+        except OSError as error:
+            raise self._medium_error(cluster, error) from None
+        if len(self._hot) >= self._hot_limit:
+            del self._hot[next(iter(self._hot))]
+        self._hot[entry] = data
+        return data
+
+    def forget_decompressed(self, entry: int) -> None:
+        """The place of this entry is free: another cluster may get the same."""
+        self._hot.pop(entry, None)
+
+    def _medium_error(self, cluster: int, error: OSError) -> MediumError:
+        return MediumError(
+            f"{self.storage.path}: guest cluster {cluster} (byte {cluster << self._bits}): {error.strerror}",
+            information=(cluster << self._bits) // self.block_size,
+        )

@@ -1,0 +1,95 @@
+"""Refcounts: two levels of tables, from 1 to 64 bits each."""
+
+from __future__ import annotations
+
+import errno
+
+from ._errors import Qcow2Error
+from .header import Header
+from .pages import Pages
+
+_OFFSET = 0xFFFFFFFFFFFFFE00
+
+
+class Refcounts:
+    """Counts the users of each host cluster, as the tables say.
+
+    Args:
+        pages: Of the image.
+        header: Where the table is.
+    """
+
+    def __init__(self, pages: Pages, header: Header) -> None:
+        self._pages = pages
+        self._header = header
+        self._order = header.refcount_order
+        self._cluster_bits = header.cluster_bits
+        self.block_bits = header.cluster_bits + 3 - header.refcount_order
+        self.max = (1 << (1 << self._order)) - 1
+
+    @property
+    def covered(self) -> int:
+        """Clusters that the table has room for."""
+        return self._header.refcount_clusters << (self._cluster_bits - 3) << self.block_bits
+
+    def block(self, index: int) -> int:
+        """Offset of a refcount block, 0 if there is none.
+
+        Raises:
+            Qcow2Error: The entry cannot be.
+        """
+        if index >= self._header.refcount_clusters << (self._cluster_bits - 3):
+            return 0
+        offset = self._pages.word(self._header.refcount_offset + index * 8) & _OFFSET
+        if offset & ((1 << self._cluster_bits) - 1):
+            raise Qcow2Error(f"refcount block {index} at {offset} is not at a cluster")
+        return offset
+
+    def set_block(self, index: int, offset: int) -> None:
+        """Enters a block into the table."""
+        self._pages.set_word(self._header.refcount_offset + index * 8, offset)
+
+    def get(self, cluster: int) -> int:
+        """Users of a host cluster."""
+        block = self.block(cluster >> self.block_bits)
+        if not block:
+            return 0
+        index = cluster & ((1 << self.block_bits) - 1)
+        order = self._order
+        if order >= 3:
+            size = 1 << (order - 3)
+            at = block + index * size
+            word = self._pages.word(at & ~7)
+            return word >> (64 - 8 * ((at & 7) + size)) & self.max
+        at, shift = block + (index << order >> 3), (index << order) & 7
+        byte = self._pages.word(at & ~7) >> (56 - 8 * (at & 7)) & 0xFF
+        return byte >> shift & self.max
+
+    def set(self, cluster: int, value: int) -> None:
+        """Sets the users of a host cluster, whose block is there."""
+        block = self.block(cluster >> self.block_bits)
+        index = cluster & ((1 << self.block_bits) - 1)
+        order = self._order
+        if order >= 3:
+            size = 1 << (order - 3)
+            data, at = self._pages.touch(block + index * size)
+            data[at : at + size] = value.to_bytes(size, "big")
+        else:
+            data, at = self._pages.touch(block + (index << order >> 3))
+            shift = (index << order) & 7
+            data[at] = data[at] & ~(self.max << shift) & 0xFF | value << shift
+
+    def add(self, cluster: int, delta: int) -> int:
+        """Changes the users of a host cluster whose block is there, and returns how many there are now.
+
+        Raises:
+            OSError: It would be less than none, which only a damaged image has (EUCLEAN).
+            OverflowError: More than the image can count.
+        """
+        value = self.get(cluster) + delta
+        if value < 0:
+            raise OSError(errno.EUCLEAN, f"the refcount of cluster {cluster} is too low: the image is damaged")
+        if value > self.max:
+            raise OverflowError(f"cluster {cluster} would have {value} users, the image can count {self.max}")
+        self.set(cluster, value)
+        return value
