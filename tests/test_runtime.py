@@ -110,11 +110,11 @@ async def test_answers_of_one_pass_share_a_doorbell() -> None:
     async with simulated(handler) as disk:
         tickets = submit_reads(disk, *range(32))
         await wait_all_tasks_blocked()
-        before = disk.device.statistics()["doorbells"]
+        before = disk.device.statistics().doorbells
         handler.open_gate(*range(16))
         await wait_all_tasks_blocked()
         assert all(map(disk.answered, tickets[:16]))
-        assert disk.device.statistics()["doorbells"] - before <= 2
+        assert disk.device.statistics().doorbells - before <= 2
         handler.open_gate(*range(16, 32))
 
 
@@ -126,9 +126,9 @@ async def test_a_handler_that_never_suspends_needs_one_doorbell_for_a_batch() ->
         for ticket in tickets:
             await disk.wait(ticket)
         counted = disk.device.statistics()
-    assert counted["commands"] == 32
-    assert counted["doorbells"] == 1
-    assert counted["wakeups"] == 1
+    assert counted.commands == 32
+    assert counted.doorbells == 1
+    assert counted.wakeups == 1
 
 
 @pytest.mark.parametrize("disk_class", [PlainDisk, AsyncDisk, BlockingDisk])

@@ -12,6 +12,7 @@ from tcmu_rs import IoVec, MediumError
 
 from .codecs import Codec
 from .header import DATA_FILE, Header
+from .log import Chain
 from .pages import Cold, Pages
 from .storage import Storage
 from .tables import COMPRESSED, SUBCLUSTERS, ZERO, Tables
@@ -115,6 +116,7 @@ class Image:
     Attributes:
         cache: Clusters that are newer in memory than in the file.
         block_size: Bytes of a logical block, for the LBA in errors.
+        chain: What was found in the log, if there is one.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class Image:
         self.backing = backing
         self.data = data or storage
         self.block_size = 512
+        self.chain: Chain | None = None
         self.cache: dict[int, Cached] = {}
         self.codec = Codec(header.compression_type, header.cluster_size)
         self._hot: dict[int, bytes] = {}

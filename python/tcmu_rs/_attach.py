@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import trio
 
 from . import _adoption, _control, _lio, _sysfs
+from ._domain import CopyDomain
 from ._handler import Handler, check
 from ._registry import parse_spec
 from ._runtime import serve_uio, verbs
@@ -85,6 +86,7 @@ async def attach(
     max_sectors: int | None = None,
     data_area_mb: int | None = None,
     cmd_time_out: int | None = None,
+    copy_domain: CopyDomain | None = None,
     adopt: bool = False,
     leave_on_error: bool = False,
     strict: bool = False,
@@ -111,6 +113,7 @@ async def attach(
         max_sectors: Largest transfer that initiators are told, in blocks.
         data_area_mb: Memory that commands in flight may fill, MiB.
         cmd_time_out: Seconds after which the kernel fails a command that was not answered; 0 means never.
+        copy_domain: The disks that initiators may copy from and to, beside this one itself.
         adopt: Go on with the device of this name (without a name: of this spec) if a killed process has left one, and
             make one otherwise. Its initiators notice a pause: what was in flight goes back to them as BUSY, and they
             send it again. Name, spec, size, block size, serial number and fabric must be the same, and the handler
@@ -161,7 +164,7 @@ async def attach(
                     "mount -t devtmpfs none /dev, or run outside the container",
                 )
             device = AttachedDevice(handler, backstore, uio, fabric)
-            service = _Service(device, backstore, claim, strict=strict, grace=grace)
+            service = _Service(device, backstore, claim, strict=strict, grace=grace, copy_domain=copy_domain)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(service.run_server, nursery)
                 try:
@@ -197,6 +200,7 @@ async def serve(
     *,
     spec: str | None = None,
     wwn: str | None = None,
+    copy_domain: CopyDomain | None = None,
     strict: bool = False,
     task_status: trio.TaskStatus[AttachedDevice] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -207,6 +211,7 @@ async def serve(
         name: Name of the backstore.
         spec: As for `attach`.
         wwn: As for `attach`.
+        copy_domain: As for `attach`.
         strict: Let a bug in the handler end the device instead of one command.
         task_status: Gets the device when commands flow.
 
@@ -216,7 +221,9 @@ async def serve(
     Raises:
         LioError: The kernel could not be set up; the text says what to do.
     """
-    async with attach(handler, name, spec=spec, fabric="none", wwn=wwn, strict=strict) as device:
+    async with attach(
+        handler, name, spec=spec, fabric="none", wwn=wwn, copy_domain=copy_domain, strict=strict
+    ) as device:
         task_status.started(device)
         await trio.sleep_forever()
 
@@ -238,6 +245,7 @@ class _Service:
         *,
         strict: bool,
         grace: float,
+        copy_domain: CopyDomain | None,
     ) -> None:
         self.leaves = claim is not None
         self.failed = False
@@ -246,6 +254,7 @@ class _Service:
         self._claim = claim
         self._strict = strict
         self._grace = grace
+        self._copy_domain = copy_domain
         self._server_scope = trio.CancelScope(shield=True)
         self._control_scope = trio.CancelScope()
         self._started = trio.Event()
@@ -266,6 +275,7 @@ class _Service:
                     claimed=self._claim.fd if self._claim else None,
                     strict=self._strict,
                     grace=self._grace,
+                    copy_domain=self._copy_domain,
                     # Not through `Nursery.start`: cancelled meanwhile, it would wait for this shielded task
                     # for ever.
                     task_status=self,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -165,6 +163,7 @@ def _options(
         read_only=read_only,
         block_size=int(block_size) if block_size else None,
         extra=dict(extra),
+        interactive=True,
     )
 
 
@@ -179,6 +178,7 @@ def _options(
 @click.option("--portal", default="127.0.0.1:3260", show_default=True, help="Where the iSCSI target listens.")
 @click.option("--allow-network", is_flag=True, help="Let other machines reach the portal. There is no password.")
 @click.option("--wwn", help="Serial number of the disk, a UUID.  [default: computed from name and SPEC]")
+@click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def attach(
     spec: tuple[str, str],
@@ -188,6 +188,8 @@ def attach(
     create: bool,
     read_only: bool,
     block_size: str | None,
+    name: str | None,
+    supervise: bool,
     as_json: bool,
     **device_options: Any,
 ) -> None:
@@ -197,66 +199,76 @@ def attach(
     node are printed on one line, separated by a tab (the target's name for iSCSI, the configfs directory
     without a fabric). A second signal cancels what is still in flight.
 
-    If a killed server of the same SPEC has left the device behind, it is adopted: its users notice a pause only.
+    If a killed server of the same SPEC has left the device behind, it is adopted: its users notice a pause only. With
+    --supervise this process does no more than that: it starts a server, and another one when that crashes.
 
     \b
     Examples:
       tcmu-rs attach file:/var/tmp/disk.img --size 10G --create
+      tcmu-rs attach file:/var/tmp/disk.img --supervise
       tcmu-rs attach ram: --size 512M --name scratch --json
       tcmu-rs attach file:/dev/vdb --read-only --fabric iscsi
       tcmu-rs attach my:anything --handler my_module:MyDisk -o key=value
     """
-    from . import _attach
+    from . import _adoption, _attach, _serving, _supervise
 
     handler_name, config = spec
     options = _options(size=size, create=create, read_only=read_only, block_size=block_size, extra=extra)
     handler = _find_class(handler_name, handler_class).from_config(config, options)
+    leash = None
+    if supervise:
+        if not handler.persistent:
+            raise click.UsageError(
+                f"what {handler_name} stores goes with its process, so --supervise has nothing to go on with "
+                "(a handler of your own says otherwise with `persistent = True`)"
+            )
+
+        def hold(leash: _supervise.Leash) -> None:
+            claim = _adoption.find(leash.name, _lio.device_config(handler_name, config), persistent=True)
+            if claim is None:
+                leash.tell("stopping")
+                raise _lio.LioError(f"device {leash.name} was removed while its server was dead")
+            claim.fence()
+            claim.close()
+
+        leash = _serving.supervised(f"{handler_name}:{config}", hold)
+        name = leash.name or name
 
     def announce(device: _attach.AttachedDevice) -> None:
+        if leash is not None:
+            leash.tell(f"ready {device.name}")
         record = {
             "name": device.name,
             "device": device.path,
             "configfs": str(device.configfs),
             "handler": handler_name,
             "size": device.size,
-            "pid": os.getpid(),
+            "pid": _serving.pid_of_service(leash),
             "fabric": device.fabric,
             "target": device.target,
         }
         place = device.path or device.target or device.configfs
-        print(json.dumps(record) if as_json else f"{device.name}\t{place}", flush=True)
+        if leash is None or leash.first:
+            print(json.dumps(record) if as_json else f"{device.name}\t{place}", flush=True)
 
     attaching = functools.partial(
-        _attach.attach, handler, spec=f"{handler_name}:{config}", adopt=True, **device_options
+        _attach.attach,
+        handler,
+        name,
+        spec=f"{handler_name}:{config}",
+        adopt=True,
+        leave_on_error=supervise,
+        **device_options,
     )
-    trio.run(_serve_until_signal, attaching, announce)
-
-
-async def _serve_until_signal(attaching: Callable[[], Any], announce: Callable[[Any], None]) -> None:
-    device = None
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
-
-            async def stop_on_signal() -> None:
-                async for _ in signals:
-                    serving.cancel()
-                    break
-                async for _ in signals:
-                    if device is not None:
-                        device.hurry()
-
-            nursery.start_soon(stop_on_signal)
-            with trio.CancelScope() as serving:
-                async with attaching() as device:
-                    announce(device)
-                    await trio.sleep_forever()
-            nursery.cancel_scope.cancel()
+    trio.run(_serving.serve_until_signal, attaching, announce, leash)
 
 
 @main.command()
 @click.argument("names", nargs=-1, metavar="[HANDLER]...")
 @click.option("--replies", is_flag=True, help="Let the kernel wait for us when devices are made: see below.")
-def daemon(names: Sequence[str], replies: bool) -> None:
+@click.option("--copies", is_flag=True, help="Let initiators copy between the devices.")
+@click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
+def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool) -> None:
     """Serve the devices that targetcli and other programs make.
 
     Serves every user-backed device whose configuration begins with one of the HANDLERs (all that are installed, if
@@ -264,9 +276,15 @@ def daemon(names: Sequence[str], replies: bool) -> None:
     left alone. When the daemon ends, its devices stay and are blocked: initiators are told that they are busy until a
     daemon serves them again.
 
+    Options of a handler stand behind the configuration, each after a semicolon: /var/tmp/x.luks;key-file=/etc/x.key.
+    Everybody can read a configuration, so there is no option that takes a passphrase itself.
+
     With --replies the kernel waits for an answer when a device is made, so that one whose storage cannot be opened is
     refused at once. The switch holds for the whole machine, and outlives the daemon: while it is on, whoever makes a
     device that no daemon serves waits for ever.
+
+    With --copies initiators may copy between the devices (EXTENDED COPY). Whoever can write to one of them can then
+    read and write all others, too.
 
     \b
     Examples:
@@ -274,14 +292,23 @@ def daemon(names: Sequence[str], replies: bool) -> None:
       tcmu-rs daemon file --replies
       targetcli /backstores/user:file create disk1 10G /var/tmp/disk.img
     """
-    from ._daemon import Daemon, serving
+    from . import _daemon, _serving
+    from ._domain import CopyDomain
 
     handlers = {name: _registry.load(name) for name in names} if names else _installed()
+    leash = None
+    if supervise:
+        leash = _serving.supervised("the daemon", lambda _: _daemon.fence_unserved(handlers))
 
-    def announce(_: Daemon) -> None:
-        print(f"serving devices of {', '.join(handlers)}", flush=True)
+    def announce(_: _daemon.Daemon) -> None:
+        if leash is not None:
+            leash.tell("ready daemon")
+        if leash is None or leash.first:
+            print(f"serving devices of {', '.join(handlers)}", flush=True)
 
-    trio.run(_serve_until_signal, functools.partial(serving, handlers, replies=replies), announce)
+    copy_domain = CopyDomain() if copies else None
+    serve = functools.partial(_daemon.serving, handlers, replies=replies, copy_domain=copy_domain)
+    trio.run(_serving.serve_until_signal, serve, announce, leash)
 
 
 def _installed() -> dict[str, Any]:
@@ -425,10 +452,7 @@ def create(
 
 
 async def _create(handler_class: Any, config: str, options: Any) -> None:
-    handler = await handler_class.create(config, options)
-    if handler is not None:
-        # It was never opened; but it may hold what has to be forgotten.
-        await handler.aclose()
+    await handler_class.create(config, options)
 
 
 @main.command()

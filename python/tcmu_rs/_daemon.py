@@ -10,13 +10,14 @@ import errno
 import functools
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import trio
 
 from . import _adoption, _control, _lio, _sysfs
+from ._domain import CopyDomain
 from ._errors import DeviceError
 from ._handler import Handler, Options, check
 from ._netlink import DeviceEvents, Rescan
@@ -55,10 +56,17 @@ class _Service:
 class Daemon:
     """The devices being served; made by `serve_all`."""
 
-    def __init__(self, handlers: Mapping[str, type[Handler]], events: DeviceEvents, grace: float) -> None:
+    def __init__(
+        self,
+        handlers: Mapping[str, type[Handler]],
+        events: DeviceEvents,
+        grace: float,
+        copy_domain: CopyDomain | None,
+    ) -> None:
         self._handlers = handlers
         self._events = events
         self._grace = grace
+        self._copy_domain = copy_domain
         self._services: dict[_Key, _Service] = {}
 
     @property
@@ -157,8 +165,8 @@ class Daemon:
         uio = service.uio
         try:
             size, block_size = await trio.to_thread.run_sync(_shape, backstore)
-            config = _lio.decode_config(uio.config.partition("/")[2])
-            handler = kind.from_config(config, Options(size=size, block_size=block_size))
+            config, extra = _lio.parse_config(uio.config.partition("/")[2])
+            handler = kind.from_config(config, Options(size=size, block_size=block_size, extra=extra))
             if service.claim and service.claim.was_served and not handler.persistent:
                 raise _lio.LioError(
                     f"what {uio.config} stored has gone with the process that served it",
@@ -204,6 +212,7 @@ class Daemon:
             claimed=service.claim.fd if service.claim else None,
             before_stop=service.block,
             grace=self._grace,
+            copy_domain=self._copy_domain,
             task_status=task_status,
         )
 
@@ -229,11 +238,24 @@ def _leaves(error: BaseException) -> list[BaseException]:
     return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
 
 
+def fence_unserved(handlers: Container[str]) -> None:
+    """Has the kernel answer "busy" for the devices of these handlers that nobody serves. Blocking."""
+    for uio in _sysfs.scan():
+        if uio.config.partition("/")[0] in handlers:
+            with suppress(OSError, _lio.LioError):
+                claim = _adoption.Claim(_lio.Backstore(uio.name, uio.hba, ""), uio)
+                try:
+                    claim.fence()
+                finally:
+                    claim.close()
+
+
 async def serve_all(
     handlers: Mapping[str, type[Handler]],
     *,
     replies: bool = False,
     grace: float = GRACE,
+    copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves every device of this machine whose handler is among `handlers`, those to come too.
@@ -244,6 +266,7 @@ async def serve_all(
             cannot be opened is refused where it is made. This is a switch of the whole machine and stays on: devices
             of handlers that nobody serves then hang whoever makes them.
         grace: Seconds for commands in flight when a device stops.
+        copy_domain: Lets initiators copy between all the devices.
         task_status: Gets the `Daemon` when the present devices have been looked at.
 
     Resource handling: a device whose server stops is left to its LUNs, and blocked: initiators are told that it is
@@ -259,14 +282,19 @@ async def serve_all(
         if replies:
             events.set_features(True)
         _log.debug("process %d serves %s", os.getpid(), ", ".join(handlers))
-        await Daemon(handlers, events, grace)._run(task_status)
+        await Daemon(handlers, events, grace, copy_domain)._run(task_status)
 
 
 @asynccontextmanager
 async def serving(
-    handlers: Mapping[str, type[Handler]], *, replies: bool = False, grace: float = GRACE
+    handlers: Mapping[str, type[Handler]],
+    *,
+    replies: bool = False,
+    grace: float = GRACE,
+    copy_domain: CopyDomain | None = None,
 ) -> AsyncIterator[Daemon]:
     """`serve_all` for the length of an `async with` block."""
     async with trio.open_nursery() as nursery:
-        yield await nursery.start(functools.partial(serve_all, handlers, replies=replies, grace=grace))
+        serve = functools.partial(serve_all, handlers, replies=replies, grace=grace, copy_domain=copy_domain)
+        yield await nursery.start(serve)
         nursery.cancel_scope.cancel()

@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import _devices
+
 _CAP_SYS_ADMIN = 21
 
 _MODULES = {
@@ -59,9 +61,22 @@ def examine(root: Path = Path("/"), *, release: str | None = None) -> list[Check
         _target(root, loadable=modules[0].ok and configfs.ok),
         _nodes(root),
         _reservations(root),
+        *([_served()] if root == Path("/") else []),
         *_libraries(),
         _file_io(root),
     ]
+
+
+def _served() -> Check:
+    """Devices whose server is dead: their commands wait for it, or are told that it is busy."""
+    left = [device for device in _devices.devices() if device.state in ("blocked", "unserved")]
+    found = ", ".join(f"{device.name} is {device.state}" for device in left)
+    remedy = "; ".join(
+        f"tcmu-rs attach {device.handler}:{device.config} --name {device.name} (or, to lose it: tcmu-rs detach "
+        f"{device.name})"
+        for device in left
+    )
+    return Check("devices", not left, False, found or "each has a server", remedy)
 
 
 def _kernel(release: str) -> Check:

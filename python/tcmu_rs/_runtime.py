@@ -15,17 +15,20 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
+import threading
 import traceback
 import types
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
-from . import _errors, _files, _native
+from . import _errors, _files, _native, _statistics, _watchdog, _where
+from ._domain import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 
 if TYPE_CHECKING:
@@ -42,14 +45,21 @@ LAST_BATCHES = 16
 """Batches of new commands that a device turns away when it ends; an initiator may send them again at once."""
 GRACE = 10.0
 """Seconds that commands in flight get when a device stops."""
+KERNEL_TIME_OUT = 30
+"""Seconds after which the kernel gives a command up, unless told otherwise (`TCMU_TIME_OUT`)."""
+SWEEP = 1.0
+"""Seconds between two looks at the commands that wait for their handlers."""
 
 _ABORTED = _errors.Failure(_errors.TASK_ABORTED)
 _BUSY = _errors.Failure(_errors.BUSY)
+# COMMAND TIMEOUT DURING PROCESSING: initiators send such a command again, and not one that the kernel has timed out.
+_TIMED_OUT = _errors.Failure(_errors.CHECK_CONDITION, 0xB, 0x2E, 0x02)
 _BUG = _errors.HardwareError.failure
 _INVALID_OPCODE = _errors.Failure(_errors.CHECK_CONDITION, 0x5, 0x20, 0x00)
 
 _Coroutine = Coroutine[Any, Any, Any]
 _Call = Callable[["_native.Command"], "_Coroutine | None"]
+_Suspended = tuple[trio.CancelScope, "_native.Command", "int | None", "_Coroutine | None"]
 
 
 @types.coroutine
@@ -110,8 +120,11 @@ class Device:
         *,
         strict: bool,
         grace: float,
+        deadline: float,
         free_kept: Callable[[int], None] | None,
         before_stop: Callable[[], None] | None,
+        naa: bytes,
+        copy_domain: CopyDomain | None,
     ) -> None:
         self.name = name
         self.handler = handler
@@ -122,12 +135,21 @@ class Device:
         self._grace = grace
         self._free_kept = free_kept
         self._before_stop = before_stop
+        self._naa = naa
+        self._copy_domain = copy_domain
+        self._copies = 0
+        self._waiting_pieces: dict[int, Piece] = {}
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._max_in_flight = handler.max_in_flight
         self._calls: dict[int | None, _Call] = self._find_calls()
         self._pending: deque[_native.Command] = deque()
         self._idle: list[trio.lowlevel.Task] = []
-        self._scopes: dict[int, trio.CancelScope] = {}
+        self._suspended: dict[int, _Suspended] = {}
+        self._deadline = deadline
+        self._sweeping = False
+        self._timed_out: set[_native.Command] = set()
+        self._cancelled: set[_native.Command] = set()
+        self._threads: dict[_native.Command, int] = {}
         self._workers = 0
         self._running = 0
         self._pumping = False
@@ -144,9 +166,27 @@ class Device:
     def __repr__(self) -> str:
         return f"<tcmu_rs.Device {self.name!r}, {self.size} bytes, served by {type(self.handler).__name__}>"
 
-    def statistics(self) -> dict[str, int]:
-        """Counters since the start: commands, emulated, doorbells, wakeups; and what runs and waits now."""
-        return {**self._ring.statistics(), "running": self._running, "pending": len(self._pending)}
+    def statistics(self) -> _statistics.DeviceStatistics:
+        """Counters and times since the start, and what runs and waits now."""
+        late = [
+            _statistics.LateCommand(
+                verb=self._method(verb),
+                offset=cmd.offset,
+                length=cmd.length,
+                age=cmd.age / 1e9,
+                where=self._where(cmd, coroutine),
+                cancelled=scope.cancel_called,
+            )
+            for scope, cmd, verb, coroutine in self._suspended.values()
+            if cmd.age > _statistics.LATE * 1e9
+        ]
+        return _statistics.record(
+            self._ring.statistics(),
+            in_flight=self._ring.in_flight,
+            running=self._running,
+            pending=len(self._pending),
+            late=tuple(sorted(late, key=lambda command: -command.age)),
+        )
 
     def stop(self) -> None:
         """Asks the device to stop: no new commands, then as when its task is cancelled."""
@@ -225,7 +265,7 @@ class Device:
             call = functools.partial(method, *arguments(cmd), **({"fua": cmd.fua} if fua else {}))
             if colour is Colour.BLOCKING:
                 # Not abandoned on cancel: the thread may still be writing into the data area.
-                result = await trio.to_thread.run_sync(call, limiter=self._limiter)
+                result = await trio.to_thread.run_sync(self._in_thread, cmd, call, limiter=self._limiter)
             else:
                 result = await call()
             if finish is not None:
@@ -234,6 +274,13 @@ class Device:
                 self._check_result(name, result)
 
         return suspended
+
+    def _in_thread(self, cmd: _native.Command, call: Callable[[], Any]) -> Any:
+        self._threads[cmd] = threading.get_ident()
+        try:
+            return call()
+        finally:
+            del self._threads[cmd]
 
     def _check_result(self, name: str, result: object) -> None:
         if result is not None:
@@ -252,6 +299,8 @@ class Device:
     def _reply_or_emulate(self, cmd: _native.Command, result: Any) -> None:
         if result is NotImplemented:
             cmd.emulate()
+            if cmd.piece is not None:
+                self._start_copy(cmd)
         else:
             self._reply(cmd, result)
 
@@ -316,6 +365,8 @@ class Device:
             self._pumping = False
         # What the emulation answered is not handed back yet, nor the space of entries that need no answer.
         self._dirty = True
+        if self._waiting_pieces:
+            self._grant()
         for item in batch:
             if isinstance(item, _native.Command):
                 self._pending.append(item)
@@ -342,7 +393,11 @@ class Device:
                 trio.lowlevel.reschedule(self._idle.pop())
             elif self._workers < self._max_in_flight + 2:
                 self._hire()
-                return
+                break
+
+        if not self._sweeping and self._nursery is not None:
+            self._sweeping = True
+            self._nursery.start_soon(self._sweep)
 
     def _hire(self) -> None:
         if self._nursery is not None:
@@ -354,7 +409,7 @@ class Device:
         self._running += 1
         failure: _errors.Failure | None = None
         crash: Exception | None = None
-        verb = cmd.verb
+        verb = cmd.begin()
         steps = 0
         try:
             if cmd.answered:
@@ -363,7 +418,10 @@ class Device:
             while True:
                 call = self._calls.get(verb)
                 if call is None:
-                    failure = _INVALID_OPCODE
+                    if verb is None and cmd.piece is not None:
+                        self._start_copy(cmd)
+                    else:
+                        failure = _INVALID_OPCODE
                     break
                 coroutine = call(cmd)
                 if coroutine is not None:
@@ -375,13 +433,13 @@ class Device:
                         # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
                         cmd_id = None if cmd.answered else cmd.id
                         if cmd_id is not None:
-                            self._scopes[cmd_id] = scope
+                            self._suspended[cmd_id] = scope, cmd, verb, coroutine
                         self._call_workers()
                         try:
                             result = await _resume(coroutine, trap)
                         finally:
                             if cmd_id is not None:
-                                del self._scopes[cmd_id]
+                                del self._suspended[cmd_id]
                     if result is not None:
                         self._check_result(self._method(verb), result)
                     del coroutine
@@ -407,7 +465,7 @@ class Device:
                 _forget(error)
         except BaseException as error:
             # Cancelled, by task management or because the device ends: never swallowed.
-            failure = _ABORTED
+            failure = _TIMED_OUT if cmd in self._timed_out else _ABORTED
             cancelled = self._only_cancelled(error, verb)
             if cancelled is not None:
                 _forget(error)
@@ -421,7 +479,7 @@ class Device:
             # The frames of an exception that is raised again may hold views, and do no harm: the device ends.
             if cmd.lent and crash is None:
                 self._keep(cmd, verb)
-            if self._stopping and self._running == 0:
+            if self._stopping and self._running == 0 and not self._copies:
                 self._drained.set()
         if crash is not None:
             try:
@@ -451,13 +509,13 @@ class Device:
         self._dirty = True
         cmd_id = None if cmd.answered else cmd.id
         if cmd_id is not None:
-            self._scopes[cmd_id] = scope
+            self._suspended[cmd_id] = scope, cmd, cmd.verb, None
         self._call_workers()
         try:
             await trio.lowlevel.checkpoint()
         finally:
             if cmd_id is not None:
-                del self._scopes[cmd_id]
+                del self._suspended[cmd_id]
 
     def _failure(self, error: Exception, verb: int | None) -> _errors.Failure:
         writing = verb not in (None, Verb.READ)
@@ -475,11 +533,90 @@ class Device:
             logger.error("%s: %s raised what it must not\n%s", self.name, what, text)
         return _BUG
 
+    # Copies: each a task of its own, which runs no handler. Its pieces are commands of the units that they are for, so
+    # that a handler is called among its own device's workers only, and not after its end.
+
+    def _start_copy(self, cmd: _native.Command) -> None:
+        if self._nursery is None or self._stopping:
+            cmd.fail(*_BUSY)
+            return
+        self._copies += 1
+        scope = trio.CancelScope()
+        self._suspended[cmd.id] = scope, cmd, None, None
+        self._nursery.start_soon(self._copy, cmd, cmd.id, scope, name=f"<tcmu_rs copy of {self.name}>")
+        self._call_workers()
+
+    async def _copy(self, cmd: _native.Command, cmd_id: int, scope: trio.CancelScope) -> None:
+        try:
+            with self._first_device_error(), scope:
+                while (piece := cmd.piece) is not None:
+                    naa, verb = piece
+                    device = self if naa == self._naa else self._neighbour(naa)
+                    failure = NOT_REACHABLE if device is None else await device.perform(Piece(cmd, verb))
+                    if failure is not None:
+                        cmd.fail(*failure)
+                    elif not cmd.advance():
+                        break
+        finally:
+            # Nobody can have the id before the answer is handed back, which is after this.
+            del self._suspended[cmd_id]
+            if not cmd.answered:
+                with suppress(_errors.DeviceError):
+                    cmd.fail(*(_TIMED_OUT if cmd in self._timed_out else _ABORTED))
+            self._copies -= 1
+            self._nudge()
+            if self._stopping and self._running == 0 and not self._copies:
+                self._drained.set()
+
+    def _neighbour(self, naa: bytes) -> Device | None:
+        return self._copy_domain._find(naa) if self._copy_domain is not None else None
+
+    async def perform(self, piece: Piece) -> _errors.Failure | None:
+        """Runs a piece of a copy among the commands of this device. Returns how it failed, if it did."""
+        if self._stopping:
+            return NOT_REACHABLE
+        token, granted = self._ring.enter(piece.offset, piece.length)
+        try:
+            if granted:
+                self._take(piece)
+            else:
+                self._waiting_pieces[token] = piece
+            try:
+                await piece.done.wait()
+            except trio.Cancelled:
+                if self._waiting_pieces.pop(token, None) is None:
+                    self._abort([piece.id])
+                    # The handler may be at work on it.
+                    with trio.CancelScope(shield=True):
+                        await piece.done.wait()
+                raise
+        finally:
+            self._ring.leave(token)
+            # Others may have waited for it.
+            self._nudge()
+        return piece.failure
+
+    def _take(self, piece: Piece) -> None:
+        self._pending.append(cast("_native.Command", piece))
+        self._nudge()
+
+    def _grant(self) -> None:
+        for token in self._ring.granted():
+            piece = self._waiting_pieces.pop(token, None)
+            if piece is not None:
+                self._take(piece)
+
+    def _nudge(self) -> None:
+        """Has a worker hand back what was answered, and look for commands that waited."""
+        self._dirty = True
+        if self._workers:
+            self._call_workers()
+        # Else the device is at its end, and all that is left is turned away.
+
     def _abort(self, ids: list[int]) -> None:
         for cmd_id in ids:
-            scope = self._scopes.get(cmd_id)
-            if scope is not None:
-                scope.cancel()
+            if cmd_id in self._suspended:
+                self._suspended[cmd_id][0].cancel()
         waiting = [cmd for cmd in self._pending if cmd.id in ids and not cmd.answered]
         for cmd in waiting:
             self._pending.remove(cmd)
@@ -490,7 +627,70 @@ class Device:
         if self._ring.commit():
             # Commands that had to wait for others which are answered now.
             self._pending.extend(self._ring.ready())
+            if self._waiting_pieces:
+                self._grant()
             self._call_workers()
+
+    # Commands that take too long.
+
+    async def _sweep(self) -> None:
+        """Looks after suspended and waiting commands, as long as there are any; costs the others nothing."""
+        # A command is taken to be as old as the sweep before the one that found it: the deadline is never late.
+        since: dict[_native.Command, float] = {}
+        told: set[_native.Command] = set()
+        interval = min(SWEEP, self._deadline / 4)
+        previous = trio.current_time()
+        while self._suspended or self._pending:
+            await trio.sleep(interval)
+            now = trio.current_time()
+            suspended = [item for item in self._suspended.values() if not item[1].answered]
+            since = {cmd: since.get(cmd, previous) for cmd in (*(item[1] for item in suspended), *self._pending)}
+            told &= since.keys()
+            self._timed_out &= since.keys()
+            previous = now
+            for scope, cmd, verb, coroutine in suspended:
+                age = now - since[cmd]
+                if scope.cancel_called:
+                    # It had a whole interval to let the cancellation through.
+                    if cmd in told or cmd not in self._cancelled:
+                        self._cancelled.add(cmd)
+                    else:
+                        told.add(cmd)
+                        logger.error(
+                            "%s: %s was cancelled and goes on, at %s",
+                            self.name, self._describe(cmd, verb), self._where(cmd, coroutine),
+                        )  # fmt: skip
+                elif age >= self._deadline:
+                    logger.warning(
+                        "%s: %s is cancelled after %g s, at %s",
+                        self.name, self._describe(cmd, verb), age, self._where(cmd, coroutine),
+                    )  # fmt: skip
+                    self._timed_out.add(cmd)
+                    scope.cancel()
+            self._cancelled &= since.keys()
+            self._turn_away_late([cmd for cmd in self._pending if now - since[cmd] >= self._deadline])
+        self._sweeping = False
+
+    def _turn_away_late(self, commands: list[_native.Command]) -> None:
+        """Commands that had no turn within the deadline: nothing was done for them, so they may come again."""
+        late = [cmd for cmd in commands if not cmd.answered]
+        if not late:
+            return
+        logger.warning("%s: %d commands had no turn within %g s", self.name, len(late), self._deadline)
+        for cmd in late:
+            self._pending.remove(cmd)
+            cmd.fail(*_BUSY)
+        self._commit()
+
+    def _describe(self, cmd: _native.Command, verb: int | None) -> str:
+        what = f"{type(self.handler).__name__}.{self._method(verb)}()"
+        return f"{what} of {cmd.length} bytes at {cmd.offset}" if verb is not None else f"{what} of {cmd.cdb.hex()}"
+
+    def _where(self, cmd: _native.Command, coroutine: _Coroutine | None) -> str:
+        thread = self._threads.get(cmd)
+        if thread is not None:
+            return _where.thread_point(thread)
+        return _where.await_point(coroutine)
 
     # Memory that is still looked at after the answer.
 
@@ -525,21 +725,25 @@ class Device:
         """Serves until cancelled or stopped; raises `DeviceError` if the device is over before."""
         shield = trio.CancelScope(shield=True)
         try:
-            async with trio.open_nursery() as outer:
-
-                async def engine() -> None:
-                    with shield:
-                        async with trio.open_nursery() as self._nursery:
-                            self._hire()
-
-                outer.start_soon(engine)
-                task_status.started(self)
-                try:
-                    await self._stop_requested.wait()
-                finally:
-                    await self._wind_down(shield)
+            with _watchdog.watching():
+                await self._serve(shield, task_status)
         finally:
             self._close()
+
+    async def _serve(self, shield: trio.CancelScope, task_status: trio.TaskStatus[Device]) -> None:
+        async with trio.open_nursery() as outer:
+
+            async def engine() -> None:
+                with shield:
+                    async with trio.open_nursery() as self._nursery:
+                        self._hire()
+
+            outer.start_soon(engine)
+            task_status.started(self)
+            try:
+                await self._stop_requested.wait()
+            finally:
+                await self._wind_down(shield)
 
     async def _wind_down(self, shield: trio.CancelScope) -> None:
         """No new commands; a grace period for those in flight; then they are cancelled."""
@@ -549,7 +753,7 @@ class Device:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._before_stop)
             with trio.CancelScope(shield=True, deadline=trio.current_time() + self._grace) as self._winding_down:
-                if self._running:
+                if self._running or self._copies:
                     await self._drained.wait()
         finally:
             shield.cancel()
@@ -557,8 +761,9 @@ class Device:
     def _close(self) -> None:
         """Answers what was not begun, with a status that makes initiators try again, and lets go of the device."""
         try:
-            self._turn_away(self._pending)
+            self._turn_away([*self._pending, *self._waiting_pieces.values()])
             self._pending.clear()
+            self._waiting_pieces.clear()
             for _ in range(LAST_BATCHES):
                 batch = self._ring.drain(BATCH)
                 self._turn_away([item for item in batch if isinstance(item, _native.Command)])
@@ -573,7 +778,7 @@ class Device:
                 trio.lowlevel.notify_closing(self._ring.fileno())
             self._ring.close()
 
-    def _turn_away(self, commands: Iterable[_native.Command]) -> None:
+    def _turn_away(self, commands: Iterable[_native.Command | Piece]) -> None:
         for cmd in commands:
             cmd.fail(*_BUSY)
         # Commands that waited for those come out now, and those that waited for them.
@@ -619,8 +824,10 @@ async def serve_ring(
     naa: bytes,
     strict: bool = False,
     grace: float = GRACE,
+    deadline: float = math.inf,
     free_kept: Callable[[int], None] | None = None,
     before_stop: Callable[[], None] | None = None,
+    copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves a handler that is open on a ring that is there: the kernel's or the simulator's.
@@ -635,14 +842,17 @@ async def serve_ring(
         naa: The 16 bytes of the NAA-6 designator.
         strict: Raise what a handler must not raise, instead of going on.
         grace: Seconds for commands in flight when the device stops.
+        deadline: Seconds that a command may take: then it is cancelled, and answered as timed out.
         free_kept: Tells the kernel that a kept buffer is free.
         before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
+        copy_domain: The disks that initiators may copy from and to, beside this one itself.
         task_status: Gets the `Device` once commands flow.
 
     Resource handling: the ring is closed when this returns or raises; every command has been answered by then.
 
     Raises:
         DeviceError: The device went away, or its shared memory is corrupt.
+        ValueError: There is a disk of the same name in the copy domain.
     """
     check(handler)
     unit = unit_for(handler, serial=serial, naa=naa) if isinstance(handler, BlockHandler) else None
@@ -654,9 +864,32 @@ async def serve_ring(
         intercept=has(handler, "scsi_command"),
         fills_reads=getattr(handler, "fills_reads", False),
     )
-    device = Device(handler, ring, name, strict=strict, grace=grace, free_kept=free_kept, before_stop=before_stop)
-    with _files.USER:
-        await device.run(task_status)
+    device = Device(
+        handler,
+        ring,
+        name,
+        strict=strict,
+        grace=grace,
+        deadline=deadline,
+        free_kept=free_kept,
+        before_stop=before_stop,
+        naa=naa,
+        copy_domain=copy_domain,
+    )
+    if copy_domain is None or unit is None:
+        with _files.USER:
+            await device.run(task_status)
+        return
+    try:
+        copy_domain._join(device, unit)
+    except BaseException:
+        ring.close()
+        raise
+    try:
+        with _files.USER:
+            await device.run(task_status)
+    finally:
+        copy_domain._leave(device, unit)
 
 
 def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
@@ -669,7 +902,13 @@ def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
     async def statistics(request: _control.Message, channel: _control.Channel) -> dict[str, Any]:
         name = request.body.get("name")
         asked = [device for device in devices() if name in (None, device.name)]
-        return {"devices": [{"name": device.name, **device.statistics()} for device in asked]}
+        return {
+            "devices": [
+                {"name": device.name, "handler": type(device.handler).__name__}
+                | _statistics.as_json(device.statistics())
+                for device in asked
+            ]
+        }
 
     return {"statistics": statistics}
 
@@ -688,6 +927,17 @@ def _action(uio: UioDevice, action: str, value: int) -> None:
         file.write(str(value))
 
 
+def _deadline_of(uio: UioDevice) -> float:
+    """Before the kernel's timer of the command: what it fails is not tried again, and what it aborts waits for us."""
+    path = f"/sys/kernel/config/target/core/user_{uio.hba}/{uio.name}/attrib/cmd_time_out"
+    try:
+        with open(path) as file:  # noqa: PTH123
+            seconds = int(file.read())
+    except (OSError, ValueError):
+        seconds = KERNEL_TIME_OUT
+    return seconds * 5 / 6 if seconds > 0 else math.inf
+
+
 async def serve_uio(
     handler: Handler,
     uio: UioDevice,
@@ -697,7 +947,9 @@ async def serve_uio(
     claimed: int | None = None,
     strict: bool = False,
     grace: float = GRACE,
+    deadline: float | None = None,
     before_stop: Callable[[], None] | None = None,
+    copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves an open handler on a device of this machine's kernel.
@@ -711,13 +963,17 @@ async def serve_uio(
             It is unblocked when commands flow. The descriptor stays the caller's.
         strict: As for `serve_ring`.
         grace: As for `serve_ring`.
+        deadline: As for `serve_ring`; None for five sixths of the time after which the kernel gives a command up.
         before_stop: As for `serve_ring`.
+        copy_domain: As for `serve_ring`.
         task_status: As for `serve_ring`.
 
     Raises:
         OSError: The device cannot be opened; EBUSY if another process serves it.
         DeviceError: The device went away, or its shared memory is corrupt.
     """
+    if deadline is None:
+        deadline = await trio.to_thread.run_sync(_deadline_of, uio)
     fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if claimed is None else claimed
     try:
 
@@ -732,8 +988,10 @@ async def serve_uio(
                 naa=naa_of(wwn),
                 strict=strict,
                 grace=grace,
+                deadline=deadline,
                 free_kept=functools.partial(_action, uio, "free_kept_buf"),
                 before_stop=before_stop,
+                copy_domain=copy_domain,
                 task_status=task_status,
             )
 

@@ -31,7 +31,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use smallvec::SmallVec;
 
 use crate::abi;
-use crate::exclusion::{Exclusion, Hold};
+use crate::exclusion::{Exclusion, Hold, Token};
 use crate::mapping::Mapping;
 use crate::ring::lease::{Closed, Lease};
 use crate::ring::parking::Parking;
@@ -39,7 +39,8 @@ use crate::ring::{Buffer, Cdb, CmdId, Entry, Response, Ring, RingError, TaskMana
 use crate::scsi::LogicalUnit;
 use crate::scsi::opcodes::{Direction, find};
 use crate::scsi::sense::{Sense, SenseFormat};
-use crate::scsi::{DataBuffer, Next, Reply, Status, Step, StepResult, Task, Verb};
+use crate::scsi::{DataBuffer, Next, Reach, Reply, Status, Step, StepResult, Task, Verb};
+use crate::statistics::{Asked, Call, FULL, Statistics, Time, Weight};
 
 /// What ends a device. A command that fails is not among it: that is an answer.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +81,15 @@ pub enum Work {
     TaskManagement(TaskManagement),
 }
 
+/// Who waits for a range.
+#[derive(Debug, Clone)]
+enum Waiter {
+    /// A command, with its first step.
+    Command(Arc<Claim>, Step),
+    /// A piece of a copy: see [`Device::enter`].
+    Piece(Token),
+}
+
 /// One device.
 #[derive(Debug)]
 pub struct Device {
@@ -89,10 +99,15 @@ pub struct Device {
     keeps_buffers: bool,
     reads_len: bool,
     parking: Parking<Response>,
-    exclusion: Exclusion<(Arc<Claim>, Step)>,
+    exclusion: Exclusion<Waiter>,
+    granted: Mutex<Vec<Token>>,
     wake: OnceLock<OwnedFd>,
+    /// Entries that the last drain had to leave: up to which of [`Ring::seen`], and when it left them.
+    left: Mutex<Option<(u64, Time)>>,
     /// What happened so far.
     pub counters: Counters,
+    /// The same in more detail, and how long it took.
+    pub statistics: Statistics,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -120,8 +135,11 @@ impl Device {
             unit,
             parking: Parking::default(),
             exclusion: Exclusion::default(),
+            granted: Mutex::default(),
             wake: OnceLock::new(),
+            left: Mutex::default(),
             counters: Counters::default(),
+            statistics: Statistics::default(),
         })
     }
 
@@ -161,11 +179,28 @@ impl Device {
             Err(error) => return Err(io::Error::from(error).into()),
         }
         let mut work = Vec::new();
+        let now = Time::now();
+        let left = lock(&self.left).take();
+        let full = {
+            let mut ring = lock(&self.ring);
+            ring.seen()? - ring.fetched() >= FULL
+        };
+        let (mut new, mut old) = (0, 0);
+        let mut empty = false;
         for _ in 0..limit {
             // The lock is not held over the emulation, nor over the drop of a claim.
-            let entry = lock(&self.ring).fetch()?;
+            let (entry, fetched) = {
+                let mut ring = lock(&self.ring);
+                (ring.fetch()?, ring.fetched())
+            };
+            if entry.is_some() {
+                *(if left.is_some_and(|(seen, _)| fetched <= seen) { &mut old } else { &mut new }) += 1;
+            }
             match entry {
-                None => break,
+                None => {
+                    empty = true;
+                    break;
+                }
                 Some(Entry::TaskManagement(tmr)) => {
                     self.abort_waiting(&tmr)?;
                     if let (abi::tmr::LUN_RESET, Some(unit)) = (tmr.kind, &self.unit) {
@@ -187,6 +222,10 @@ impl Device {
                         answered: AtomicBool::new(false),
                         place: Mutex::default(),
                         outlived_by: AtomicUsize::new(0),
+                        fetched: now,
+                        weight: self.statistics.weight(full),
+                        begun: AtomicU64::new(0),
+                        called: AtomicBool::new(false),
                     });
                     if intercept || self.unit.is_none() {
                         work.push(Work::Command(claim));
@@ -201,6 +240,11 @@ impl Device {
                     }
                 }
             }
+        }
+        self.statistics.fetched(new, old, left.map_or(0, |(_, since)| now.since(since)));
+        if !empty {
+            let seen = lock(&self.ring).seen()?;
+            *lock(&self.left) = Some((seen, now));
         }
         Ok(work)
     }
@@ -224,7 +268,13 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Ring`] from the answer to one that cannot begin any more.
     pub fn take_ready(&self) -> Result<Vec<(Arc<Claim>, Step)>, DeviceError> {
-        let mut ready = self.exclusion.take_ready();
+        let mut ready = Vec::new();
+        for waiter in self.exclusion.take_ready() {
+            match waiter {
+                Waiter::Command(claim, step) => ready.push((claim, step)),
+                Waiter::Piece(token) => lock(&self.granted).push(token),
+            }
+        }
         let size = self.unit.as_ref().map_or(u64::MAX, |unit| unit.size());
         let mut outside = Vec::new();
         ready.retain(|(claim, step)| {
@@ -241,11 +291,33 @@ impl Device {
         Ok(ready)
     }
 
+    /// A piece of a copy is to touch `length` bytes from `offset` on, like a READ or WRITE of them. Returns its name for
+    /// [`Device::leave`], and whether it may begin; if not, [`Device::take_granted`] has it when it may, after
+    /// [`Device::take_ready`].
+    pub fn enter(&self, offset: u64, length: u64) -> (Token, bool) {
+        let token = self.exclusion.token();
+        let reach = Reach { first: offset, end: offset.saturating_add(length), exclusive: false };
+        // No command has the id 0.
+        (token, self.exclusion.enter(token, 0, reach, Waiter::Piece(token)).is_some())
+    }
+
+    /// The piece is over, or is given up.
+    pub fn leave(&self, token: Token) {
+        self.exclusion.leave(0, Hold::Queued(token));
+    }
+
+    /// The pieces that had to wait and may begin.
+    pub fn take_granted(&self) -> Vec<Token> {
+        std::mem::take(&mut *lock(&self.granted))
+    }
+
     /// Answers the aborted ones among the commands that wait. One that was answered before is not meant: its id is
     /// another command's.
     fn abort_waiting(&self, tmr: &TaskManagement) -> Result<(), DeviceError> {
-        for (claim, _) in self.exclusion.waiting_with_ids(|id| tmr.commands.contains(&CmdId(id))) {
-            if !claim.is_answered() {
+        for waiter in self.exclusion.waiting_with_ids(|id| tmr.commands.contains(&CmdId(id))) {
+            if let Waiter::Command(claim, _) = waiter
+                && !claim.is_answered()
+            {
                 claim.answer(Reply::status(Status::TaskAborted))?;
             }
         }
@@ -264,6 +336,7 @@ impl Device {
             return Ok(());
         }
         let event = self.event()?;
+        self.statistics.committed();
         self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
         match rustix::io::write(&*event, &1u32.to_ne_bytes()) {
             // A full socket (the simulator's) has been rung often enough.
@@ -389,6 +462,13 @@ pub struct Claim {
     place: Mutex<Place>,
     /// Views that were left at the answer.
     outlived_by: AtomicUsize,
+    fetched: Time,
+    /// Whether it is timed.
+    weight: Weight,
+    /// When the handler was called for the present step; 0 before the first, 1 if it is not timed.
+    begun: AtomicU64,
+    /// Whether the handler has returned from an earlier step.
+    called: AtomicBool,
 }
 
 impl Claim {
@@ -457,6 +537,10 @@ impl Claim {
         let reach = task.reach(&step);
         let mut place = lock(&self.place);
         place.task = Some(task);
+        if step.unit.is_some() {
+            // Each piece enters by itself, where it is for.
+            return Started::Step(step);
+        }
         if let Some(hold) = exclusion.enter_unqueued(self.id.0, &reach) {
             place.hold = hold;
             return Started::Step(step);
@@ -464,9 +548,9 @@ impl Claim {
         let token = exclusion.token();
         // The place stays locked: whoever gives up this command finds it in the queue.
         place.hold = Hold::Queued(token);
-        match exclusion.enter(token, self.id.0, reach, (self.clone(), step)) {
-            Some((_, step)) => Started::Step(step),
-            None => Started::Waiting,
+        match exclusion.enter(token, self.id.0, reach, Waiter::Command(self.clone(), step)) {
+            Some(Waiter::Command(_, step)) => Started::Step(step),
+            _ => Started::Waiting,
         }
     }
 
@@ -475,6 +559,41 @@ impl Claim {
         let Place { task, hold } = std::mem::take(&mut *lock(&self.place));
         drop(task);
         self.device.exclusion.leave(self.id.0, hold);
+    }
+
+    /// How long ago the command was fetched, in nanoseconds.
+    #[must_use]
+    pub fn age(&self) -> u64 {
+        Time::now().since(self.fetched)
+    }
+
+    /// The handler is called now.
+    pub fn begin(&self) {
+        let now = if self.weight == 0 { 1 } else { Time::now().0 };
+        self.begun.store(now, Ordering::Relaxed);
+    }
+
+    /// Runs `then`, which goes on with the command, for a handler that has returned from what it was `asked`, or has
+    /// raised; counts that call, if there was one.
+    pub fn returned<T>(&self, asked: Asked, failed: bool, then: impl FnOnce() -> T) -> T {
+        let begun = Time(self.begun.load(Ordering::Relaxed));
+        if begun == Time::default() {
+            return then();
+        }
+        self.device.statistics.called(asked, failed);
+        let weight = self.weight;
+        if weight == 0 {
+            return then();
+        }
+        let returned = Time::now();
+        let early = self.is_answered();
+        let result = then();
+        let answered = !early && self.is_answered();
+        // The next step begins where this one ends.
+        self.begun.store(returned.0, Ordering::Relaxed);
+        let fetched = (!self.called.swap(true, Ordering::Relaxed)).then_some(self.fetched);
+        self.device.statistics.timed(&Call { asked, weight, fetched, begun, returned, answered });
+        result
     }
 
     /// The step succeeded, with `result`: returns the next one, or `None` if there is no more to do. The command is
@@ -554,6 +673,18 @@ impl Claim {
         }
     }
 
+    /// The step has failed with `reply`: answers as the command has it.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`] from the answer.
+    pub fn fail(&self, reply: Reply) -> Result<Answered, DeviceError> {
+        let task = lock(&self.place).task.take();
+        self.answer(match (&self.device.unit, task) {
+            (Some(unit), Some(task)) => unit.fail(task, reply),
+            _ => reply,
+        })
+    }
+
     /// Answers the command, once.
     ///
     /// # Errors
@@ -568,6 +699,7 @@ impl Claim {
         if self.answered.swap(true, Ordering::AcqRel) {
             return Ok(Answered::Already);
         }
+        self.device.statistics.answered(&reply);
         let response = self.response(reply);
         let complete = |response| lock(&self.device.ring).complete(self.id, response);
         let answered = self.device.parking.close(self.id, &self.lease, |closed| match closed {

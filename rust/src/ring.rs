@@ -251,6 +251,7 @@ pub struct Ring {
     tail: u32,
     published_tail: u32,
     next: u32,
+    fetched: u64,
     slots: VecDeque<Slot>,
     outstanding: IdSet,
     dead: bool,
@@ -302,6 +303,7 @@ impl Ring {
             tail,
             published_tail: tail,
             next: tail,
+            fetched: 0,
             slots: VecDeque::new(),
             outstanding: IdSet::new(),
             dead: false,
@@ -338,6 +340,22 @@ impl Ring {
     /// [`RingError::Corrupt`] for an impossible head, [`RingError::Dead`].
     pub fn pending(&mut self) -> Result<bool, RingError> {
         Ok(self.head()? != self.next)
+    }
+
+    /// Bytes of entries that were fetched so far.
+    #[must_use]
+    pub const fn fetched(&self) -> u64 {
+        self.fetched
+    }
+
+    /// What [`Ring::fetched`] will be when all that is in the ring now has been fetched.
+    ///
+    /// # Errors
+    /// As [`Ring::pending`].
+    pub fn seen(&mut self) -> Result<u64, RingError> {
+        let head = self.head()?;
+        let waiting = if head >= self.next { head - self.next } else { head + (self.ring_size - self.next) };
+        Ok(self.fetched + u64::from(waiting))
     }
 
     fn head(&mut self) -> Result<u32, RingError> {
@@ -390,6 +408,7 @@ impl Ring {
                 }
             };
             self.next = (position + length) % self.ring_size;
+            self.fetched += u64::from(length);
             self.slots.push_back(match &entry {
                 Some(Entry::Command(command)) => {
                     Slot::Command { position, length, id: command.id, answer: None }

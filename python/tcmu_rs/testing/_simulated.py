@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from .. import _errors, _native
+from .._domain import CopyDomain
 from .._runtime import GRACE, Device, serve_ring
 
 if TYPE_CHECKING:
@@ -73,10 +75,15 @@ class SimulatedDisk:
     """The initiator's side of a simulated device; made by `simulated`.
 
     Every method may be called from many tasks at once: that is how depth is made.
+
+    Attributes:
+        device: The device that is served.
+        naa: Its NAA-6 designator, 16 bytes.
     """
 
-    def __init__(self, kernel: _native.Simulator) -> None:
+    def __init__(self, kernel: _native.Simulator, naa: bytes) -> None:
         self.kernel = kernel
+        self.naa = naa
         self.device: Device
         self._waiting: dict[int, trio.Event] = {}
         self._replies: dict[int, Reply] = {}
@@ -204,11 +211,13 @@ async def simulated(
     name: str = "simulated",
     strict: bool = True,
     grace: float = GRACE,
+    deadline: float = math.inf,
     ring_size: int | None = None,
     data_size: int | None = None,
     data_block_size: int | None = None,
     capabilities: int | None = None,
     checks: bool = True,
+    copy_domain: CopyDomain | None = None,
 ) -> AsyncGenerator[SimulatedDisk, None]:
     """Serves a handler on a simulated kernel for the length of an `async with` block.
 
@@ -217,11 +226,13 @@ async def simulated(
         name: For the log; the WWN is derived from it.
         strict: Exceptions that a handler must not raise come out of the block, as tests want it.
         grace: Seconds for commands in flight at the end.
+        deadline: Seconds that a command may take.
         ring_size: Bytes of mailbox and ring, a multiple of 4096 (1 MiB).
         data_size: Bytes of the data area (64 MiB).
         data_block_size: Bytes of a block of the data area, a multiple of 4096 (4096).
         capabilities: `CAP_*` flags of the mailbox (all).
         checks: Poison, scribble and compare; off for benchmarks.
+        copy_domain: The disks that copies may be made from and to, beside this one itself.
 
     Raises:
         AssertionError: At the end, if the ring was handled against the rules or a command was not answered.
@@ -234,8 +245,8 @@ async def simulated(
         capabilities=capabilities,
         checks=checks,
     )
-    disk = SimulatedDisk(kernel)
     wwn = hashlib.sha256(name.encode()).digest()
+    disk = SimulatedDisk(kernel, b"\x60" + wwn[:15])
 
     async def serve(task_status: trio.TaskStatus[Device]) -> None:
         async with handler:
@@ -246,10 +257,12 @@ async def simulated(
                 map_size=kernel.size,
                 name=name,
                 serial=wwn[:8].hex(),
-                naa=b"\x60" + wwn[:15],
+                naa=disk.naa,
                 strict=strict,
                 grace=grace,
+                deadline=deadline,
                 free_kept=disk._free_kept,
+                copy_domain=copy_domain,
                 task_status=task_status,
             )
 

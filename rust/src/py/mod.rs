@@ -11,6 +11,7 @@ mod netlink;
 mod ring;
 mod simulator;
 mod unit;
+mod xts;
 
 mod exceptions {
     #![allow(missing_docs)]
@@ -41,7 +42,9 @@ mod _native {
     #[pymodule_export]
     use super::simulator::Simulator;
     #[pymodule_export]
-    use super::unit::LogicalUnit;
+    use super::unit::{CopyDomain, LogicalUnit};
+    #[pymodule_export]
+    use super::xts::AesXts;
 
     /// The version of the package.
     #[pymodule_export]

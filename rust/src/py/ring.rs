@@ -4,6 +4,7 @@ use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use hdrhistogram::Histogram;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
@@ -11,9 +12,11 @@ use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
 use super::iovec::IoVec;
 use super::unit::LogicalUnit;
 use crate::device::{Claim, Device, DeviceError, Started, Work};
+use crate::exclusion::Token;
 use crate::mapping::Mapping;
 use crate::scsi::sense::{Sense, SenseKey};
 use crate::scsi::{BlockState, DataBuffer, MediumExtent, Reply, Status, Step, StepBuffer, StepResult, Verb};
+use crate::statistics::Asked;
 
 /// One device's ring and doorbell.
 #[pyclass(frozen, module = "tcmu_rs._native")]
@@ -119,6 +122,23 @@ impl Ring {
         Ok(list)
     }
 
+    /// A piece of a copy is to touch so many bytes. Returns its name, and whether it may begin; if not, `granted` has it
+    /// when it may.
+    fn enter(&self, offset: u64, length: u64) -> (u64, bool) {
+        let (token, granted) = self.device.enter(offset, length);
+        (token.0, granted)
+    }
+
+    /// The piece of this name is over, or is given up.
+    fn leave(&self, piece: u64) {
+        self.device.leave(Token(piece));
+    }
+
+    /// The pieces that had to wait and can begin; to be asked after `drain` and `ready`.
+    fn granted(&self) -> Vec<u64> {
+        self.device.take_granted().into_iter().map(|token| token.0).collect()
+    }
+
     /// Commands that are not answered.
     #[getter]
     fn in_flight(&self) -> usize {
@@ -135,14 +155,26 @@ impl Ring {
         Ok(self.device.reap()?)
     }
 
-    /// Counters since the start.
+    /// Counters since the start. Times are in nanoseconds; a histogram is None, or a tuple of count, sum, least, most,
+    /// percentiles 50, 90, 99 and 99.9, and the counts of the times below each power of two.
     fn statistics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let counters = &self.device.counters;
+        let found = self.device.statistics.snapshot();
         let dict = PyDict::new(py);
         dict.set_item("commands", counters.commands.load(Ordering::Relaxed))?;
         dict.set_item("emulated", counters.emulated.load(Ordering::Relaxed))?;
         dict.set_item("doorbells", counters.doorbells.load(Ordering::Relaxed))?;
         dict.set_item("wakeups", counters.wakeups.load(Ordering::Relaxed))?;
+        dict.set_item("batches", found.batches)?;
+        let stages = found.stages.as_deref();
+        dict.set_item("ring_wait", stages.map(|stages| summary(&stages.ring_wait)))?;
+        dict.set_item("dispatch", stages.map(|stages| summary(&stages.dispatch)))?;
+        dict.set_item("completion", stages.map(|stages| summary(&stages.completion)))?;
+        let calls: Vec<_> = std::iter::zip(&found.calls, &found.handler)
+            .map(|(calls, handler)| (calls.count, calls.bytes, handler.as_deref().map(summary)))
+            .collect();
+        dict.set_item("calls", calls)?;
+        dict.set_item("failures", found.failures.into_iter().collect::<Vec<_>>())?;
         Ok(dict)
     }
 
@@ -150,6 +182,16 @@ impl Ring {
     fn close(&self) {
         self.device.close();
     }
+}
+
+type Summary = (u64, f64, u64, u64, [u64; 4], Vec<u64>);
+
+fn summary(histogram: &Histogram<u64>) -> Summary {
+    let at = |percentile| histogram.value_at_percentile(percentile);
+    // The bound of the first bucket is 1 ns: each next one has twice that.
+    let buckets = histogram.iter_log(1, 2.0).map(|bucket| bucket.count_since_last_iteration()).collect();
+    let sum = histogram.mean() * histogram.len() as f64;
+    (histogram.len(), sum, histogram.min(), histogram.max(), [50.0, 90.0, 99.0, 99.9].map(at), buckets)
 }
 
 impl Ring {
@@ -191,10 +233,8 @@ impl Command {
         more
     }
 
-    fn answer(&self, reply: Reply) -> PyResult<()> {
-        self.set(None);
-        self.claim.answer(reply)?;
-        Ok(())
+    fn asked(&self) -> Asked {
+        lock(&self.step).as_ref().map_or(Asked::Command, |step| Asked::Step(step.verb, step.length))
     }
 
     fn sense(key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<Sense> {
@@ -222,7 +262,27 @@ impl Command {
     /// What the handler is asked for: the number of a verb, or None.
     #[getter]
     fn verb(&self) -> Option<u8> {
-        lock(&self.step).as_ref().map(|step| step.verb as u8)
+        lock(&self.step).as_ref().filter(|step| step.unit.is_none()).map(|step| step.verb as u8)
+    }
+
+    /// Of a copy what is to be done next, by the unit with this NAA designator: that, and the number of a verb.
+    #[getter]
+    fn piece<'py>(&self, py: Python<'py>) -> Option<(Bound<'py, PyBytes>, u8)> {
+        let step = lock(&self.step);
+        let step = step.as_ref()?;
+        Some((PyBytes::new(py, step.unit.as_ref()?), step.verb as u8))
+    }
+
+    /// The handler is called now: for this verb, or for all of the command if it is None.
+    fn begin(&self) -> Option<u8> {
+        self.claim.begin();
+        self.verb()
+    }
+
+    /// Nanoseconds since the command was fetched.
+    #[getter]
+    fn age(&self) -> u64 {
+        self.claim.age()
     }
 
     /// Where, in bytes.
@@ -299,7 +359,9 @@ impl Command {
     /// Raises RuntimeError, and answers nothing, if a read left Data-In unwritten.
     fn advance(&self, py: Python<'_>) -> PyResult<bool> {
         let unwritten = || Err(PyRuntimeError::new_err("read() returned without filling its IoVec"));
-        let result = match &*lock(&self.step) {
+        let mut step = lock(&self.step);
+        let asked = step.as_ref().map_or(Asked::Command, |step| Asked::Step(step.verb, step.length));
+        let result = match &*step {
             Some(Step { verb: Verb::Read, buffer: StepBuffer::Command(_), length: 1.., .. })
                 if !self.claim.is_filled() =>
             {
@@ -314,7 +376,8 @@ impl Command {
             }
             _ => StepResult::None,
         };
-        Ok(self.set(self.claim.advance(result)?))
+        *step = self.claim.returned(asked, false, || self.claim.advance(result))?;
+        Ok(step.is_some())
     }
 
     /// What the handler answered to the verb for extents: lengths in bytes, and states with the codes of GET LBA
@@ -335,10 +398,14 @@ impl Command {
     fn fail(&self, status: u8, key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<()> {
         let status = Status::from_code(status)
             .ok_or_else(|| PyValueError::new_err(format!("no status {status:#x}")))?;
-        self.answer(match status {
+        let reply = match status {
             Status::CheckCondition => Reply::check(Self::sense(key, asc, ascq, information)?),
             status => Reply::status(status),
-        })
+        };
+        let failed = status != Status::Good;
+        self.claim.returned(self.asked(), failed, || self.claim.fail(reply))?;
+        self.set(None);
+        Ok(())
     }
 
     /// Answers GOOD with `data_in` valid bytes of Data-In (by default all, if any of them was written).
@@ -349,7 +416,10 @@ impl Command {
         if data_in > Some(0) {
             self.claim.zero_unless_filled();
         }
-        self.answer(Reply::good(data_in.unwrap_or(whole)))
+        self.claim
+            .returned(self.asked(), false, || self.claim.answer(Reply::good(data_in.unwrap_or(whole))))?;
+        self.set(None);
+        Ok(())
     }
 
     /// Whether there is an answer.
