@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import itertools
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -460,6 +464,54 @@ async def test_each_run_has_a_queue_of_its_own_and_leaves_nothing(fd: int, conte
         await trio.to_thread.run_sync(thread.join)
     assert found == [content[:4096]] * 3
     assert {name for name in descriptors() - before if "io_uring" in name} == set()
+
+
+@uring
+def test_an_interrupt_between_any_two_lines(fd: int) -> None:
+    """A copy that was interrupted never ended: Ctrl-C came when completions were taken and not handed on yet."""
+    lines = interrupted = 0
+
+    async def load() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(write_durably, fd)
+            await write_durably(fd)
+        # If it was not delivered to the main task yet.
+        await trio.sleep(0)
+
+    async def bounded() -> None:
+        with trio.fail_after(10):
+            await load()
+
+    for stop_at in itertools.count(1):
+        lines = 0
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename == _files.__file__ and event == "line":
+                lines += 1
+                if lines == stop_at:  # noqa: B023
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            trio.run(bounded)
+        except BaseException as error:
+            group = error.split(KeyboardInterrupt)[1] if isinstance(error, BaseExceptionGroup) else None
+            assert isinstance(error, KeyboardInterrupt | BaseExceptionGroup), error
+            assert group is None, group
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        assert not any("io_uring" in name for name in descriptors()), stop_at
+        if lines < stop_at:
+            break
+    assert interrupted > 50
+
+
+async def write_durably(fd: int) -> None:
+    await IoVec([b"x" * 512]).write_to(fd, 0, fua=True)
 
 
 def test_the_doctor_says_which_way_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,7 @@ class _User:
 
     current: trio.lowlevel.RunVar[tuple[int, _Queue | _Threads | None]] = trio.lowlevel.RunVar("tcmu_rs files")
 
+    @trio.lowlevel.enable_ki_protection
     def __enter__(self) -> _Queue | _Threads:
         users, chosen = self.current.get((0, None))
         if chosen is None:
@@ -144,6 +145,7 @@ class _User:
         self.current.set((users + 1, chosen))
         return chosen
 
+    @trio.lowlevel.enable_ki_protection
     def __exit__(self, *_: object) -> None:
         users, chosen = self.current.get()
         assert chosen is not None
@@ -170,6 +172,8 @@ def obstacle() -> str | None:
 USER = _User()
 
 
+# Ctrl-C comes between any two lines elsewhere: a completion would be taken, and nobody told.
+@trio.lowlevel.enable_ki_protection
 async def finish(transfer: _native.Transfer) -> None:
     """Does what is left of a transfer."""
     with USER as files:
