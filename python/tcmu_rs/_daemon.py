@@ -165,8 +165,8 @@ class Daemon:
         uio = service.uio
         try:
             size, block_size = await trio.to_thread.run_sync(_shape, backstore)
-            config = _lio.decode_config(uio.config.partition("/")[2])
-            handler = kind.from_config(config, Options(size=size, block_size=block_size))
+            config, extra = _lio.parse_config(uio.config.partition("/")[2])
+            handler = kind.from_config(config, Options(size=size, block_size=block_size, extra=extra))
             if service.claim and service.claim.was_served and not handler.persistent:
                 raise _lio.LioError(
                     f"what {uio.config} stored has gone with the process that served it",
