@@ -477,7 +477,7 @@ def test_an_interrupt_between_any_two_lines(fd: int) -> None:
                 nursery.start_soon(write_durably, fd)
             await write_durably(fd)
         # If it was not delivered to the main task yet.
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
 
     async def bounded() -> None:
         with trio.fail_after(10):
