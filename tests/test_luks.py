@@ -32,7 +32,7 @@ from tcmu_rs.handlers.luks.handler import STAGE
 from tcmu_rs.handlers.luks.volume import Volume
 from tcmu_rs.testing import simulated
 
-from .luks import CHEAP, OFFSET, PASSPHRASE, Memory, container, key
+from .luks import CHEAP, OFFSET, PASSPHRASE, Memory, container, key, make_cheap
 
 MIB = 1 << 20
 
@@ -42,7 +42,9 @@ def log() -> None:
     """Damage that these tests do is told in the log, as it has to be: here a warning is no failure."""
 
 
-KDF_VECTOR = b"password", b"somesalt"
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cheap(monkeypatch)
 
 
 # Arithmetic.
@@ -914,7 +916,7 @@ async def contents(disk: LuksHandler) -> bytes:
         (["iter-time=1", "version=1", "key-size=256"], (1, 256, 512, 2 * MIB)),
     ],
 )
-def test_what_create_makes(tmp_path: Path, options: list[str], expected: tuple[int, ...]) -> None:
+def test_what_create_makes(tmp_path: Path, options: list[str], expected: tuple[int, ...], cheap: None) -> None:
     path = tmp_path / "disk"
     data = filled(tmp_path, str(path), *options)
     found = json.loads(run("info", f"luks:{path}", "--json").stdout)
@@ -925,7 +927,7 @@ def test_what_create_makes(tmp_path: Path, options: list[str], expected: tuple[i
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
-def test_a_detached_header_is_made(tmp_path: Path, version: str) -> None:
+def test_a_detached_header_is_made(tmp_path: Path, version: str, cheap: None) -> None:
     path, header = tmp_path / "disk", tmp_path / "header"
     options = [f"header={header}", "iter-time=1", f"version={version}"]
     data = filled(tmp_path, str(path), *options)
@@ -935,7 +937,7 @@ def test_a_detached_header_is_made(tmp_path: Path, version: str) -> None:
     assert f"version: {version}" in run("info", f"luks:{path}", "-o", f"header={header}").stdout
 
 
-def test_on_another_handler(tmp_path: Path) -> None:
+def test_on_another_handler(tmp_path: Path, cheap: None) -> None:
     # Encrypted twice: the handler below has options of its own, and is made first.
     path, other = tmp_path / "disk", tmp_path / "other"
     other.write_bytes(b"other")
@@ -949,7 +951,7 @@ def test_on_another_handler(tmp_path: Path) -> None:
     assert json.loads(found.stdout)["sector size"] == 4096
 
 
-def test_a_file_that_is_named_like_a_handler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_named_like_a_handler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cheap: None) -> None:
     monkeypatch.chdir(tmp_path)
     filled(tmp_path, "./ram:x", "iter-time=1")
     assert (tmp_path / "ram:x").exists()
@@ -961,7 +963,7 @@ def test_a_file_that_is_named_like_a_handler(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("broken", ["write", "create"])
 def test_create_that_fails_leaves_neither_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    monkeypatch.setattr("tcmu_rs.handlers.luks.container.calibrate", lambda _: CHEAP)
+    make_cheap(monkeypatch)
     path, header, key_file = tmp_path / "x.luks", tmp_path / "header", tmp_path / "key"
     key_file.write_bytes(b"x")
     if broken == "write":
@@ -973,7 +975,7 @@ def test_create_that_fails_leaves_neither_part(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [key_file]
 
 
-def test_a_container_that_was_made_opens_without_its_passphrase(tmp_path: Path) -> None:
+def test_a_container_that_was_made_opens_without_its_passphrase(tmp_path: Path, cheap: None) -> None:
     path, key_file = tmp_path / "x.luks", tmp_path / "key"
     key_file.write_bytes(b"k")
     options = Options(size=MIB, create=True, extra={"key-file": str(key_file), "iter-time": "1"})
@@ -1006,7 +1008,7 @@ def test_a_daemon_asks_nobody_and_takes_no_descriptor(tmp_path: Path) -> None:
 
 
 def test_create_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tcmu_rs.handlers.luks.container.calibrate", lambda _: CHEAP)
+    make_cheap(monkeypatch)
     path, key_file = tmp_path / "x.luks", tmp_path / "key"
     key_file.write_bytes(b"x")
     arguments = ["create", f"luks:{path}", "-o", f"key-file={key_file}", "-o", "iter-time=1"]

@@ -180,10 +180,11 @@ async def test_a_new_handler_that_does_not_open_leaves_the_old_one_in_its_place(
     events: list[str] = []
     old, new = Logged("old", events), Logged("new", events)
     new.failure = OSError(2, "No such file")
-    async with simulated(old) as disk, trio.open_nursery() as nursery:
-        nursery.start_soon(disk.write, 0, b"x" * BLOCK)
+    async with simulated(old) as disk:
+        written = disk.submit(write16(0), b"x" * BLOCK)
         with pytest.raises(OSError, match="No such file"):
             await disk.device.replace(new)
+        assert (await disk.wait(written)).status == GOOD
         assert await disk.read(0, BLOCK) == b"x" * BLOCK
     assert events == ["old opens", "old flushes", "old closes", "new opens", "old opens", "old closes"]
 
@@ -314,6 +315,7 @@ async def test_a_handler_that_looks_at_every_command_can_come_and_go() -> None:
         await disk.write(0, b"n" * BLOCK)
         assert nosy.seen == 1
         nursery.start_soon(disk.device.replace, PlainDisk())
+        await disk.scsi(TEST_UNIT_READY)
         assert await disk.read(BLOCK, BLOCK) == bytes(BLOCK)
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
-from . import _errors, _native, _statistics, _watchdog, _where
+from . import _errors, _files, _native, _statistics, _watchdog, _where
 from ._domain import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 from ._slot import Face, Slot
@@ -1007,7 +1007,8 @@ async def serve_ring(
         copy_domain=copy_domain,
     )
     if copy_domain is None or unit is None:
-        await device.run(task_status)
+        with _files.USER:
+            await device.run(task_status)
         return
     try:
         copy_domain._join(device, unit)
@@ -1015,7 +1016,8 @@ async def serve_ring(
         ring.close()
         raise
     try:
-        await device.run(task_status)
+        with _files.USER:
+            await device.run(task_status)
     finally:
         copy_domain._leave(device, unit)
 
