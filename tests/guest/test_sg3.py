@@ -187,11 +187,12 @@ def test_format(disk: str) -> None:
     assert read(disk, 400) == bytes(BLOCK)
 
 
-@pytest.mark.xfail(reason="EXTENDED COPY is missing", strict=True)
 def test_extended_copy(disk: str) -> None:
     write(disk, 0, b"copied" * 1024)
     run("sg_xcopy", f"if={disk}", f"of={disk}", "skip=0", "seek=2048", "count=12", "bs=512")
     assert read(disk, 2048, 12) == b"copied" * 1024
+    assert "Third party copy" in run("sg_vpd", "-p", "tpc", disk)
+    run("sg_copy_results", "--params", disk)
 
 
 def wait_until_ready(unit: sg.Unit, seconds: float) -> None:

@@ -5,8 +5,8 @@
 
 use super::cdb::{Cdb, invalid_field};
 use super::{
-    DataBuffer, LogicalUnit, Next, Sense, capacity, defects, format, inquiry, lba_status, log, luns, mode,
-    mode_select, modify, power, ready, sanitize, supported, transfer, unmap, verify, write_same,
+    DataBuffer, LogicalUnit, Next, Sense, capacity, copy, defects, format, inquiry, lba_status, log, luns,
+    mode, mode_select, modify, power, ready, sanitize, supported, transfer, unmap, verify, write_same,
 };
 
 /// Which way a command's data goes.
@@ -380,6 +380,18 @@ static TABLE: &[Command] = &[
         &[0x7f, 0, 0, 0, 0, 0, 0, 0x18, 0, 0x0d, 0xe9, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
           0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], write_same::write_same::<32>)
         .action(0x0d).writing().with_optional(10, 0x08, Feature::DiscardZeroes),
+    Command::new("EXTENDED COPY(LID1)", Out,
+        &[0x83, 0x00, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], copy::extended_copy)
+        .action(0x00).on_medium(),
+    Command::new("RECEIVE COPY STATUS(LID1)", In,
+        &[0x84, 0x00, 0xff, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], copy::copy_status)
+        .action(0x00),
+    Command::new("RECEIVE COPY OPERATING PARAMETERS", In,
+        &[0x84, 0x03, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], copy::operating_parameters)
+        .action(0x03),
+    Command::new("RECEIVE COPY FAILURE DETAILS(LID1)", In,
+        &[0x84, 0x04, 0xff, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0], copy::failed_segment_details)
+        .action(0x04),
     Command::new("READ(16)", In,
         &[0x88, 0xfa, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0],
         transfer::read::<16>)
