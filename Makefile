@@ -20,7 +20,7 @@ help:
 	@echo 'make fuzz    fuzz all targets (SECONDS=60 each)'
 
 $(VENV)/bootstrap:
-	@command -v cargo >/dev/null || { echo 'error: cargo is missing: install Rust >= 1.88 (https://rustup.rs)'; exit 1; }
+	@command -v cargo >/dev/null || { echo 'error: cargo is missing: install Rust >= 1.89 (https://rustup.rs)'; exit 1; }
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'error: Python >= 3.11 with venv is needed (Debian: apt-get install python3-venv)'; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from tcmu_rs import BlockHandler, CopyError, ExtentState, IoVec, Progress, _cli, _copy, copy
 from tcmu_rs.handlers.file import FileHandler
 
+from .luks import make_cheap
+
 KIB = 1 << 10
 MIB = 1 << 20
 # Of the tests: so that disks of some KiB have a beginning, many parts, and holes.
@@ -302,6 +304,11 @@ def run(*arguments: str | Path) -> Result:
 
 
 @pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cheap(monkeypatch)
+
+
+@pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "image"
     path.write_bytes(random.Random(3).randbytes(6 * MIB) + bytes(6 * MIB))
@@ -315,7 +322,7 @@ def key_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_encrypt_and_decrypt(tmp_path: Path, image: Path, key_file: Path) -> None:
+def test_encrypt_and_decrypt(tmp_path: Path, image: Path, key_file: Path, cheap: None) -> None:
     encrypted, plain = tmp_path / "encrypted", tmp_path / "plain"
     options = ["-o", f"key-file={key_file}", "-o", "iter-time=1", "--create", "--verify", "--json"]
     result = run("copy", f"file:{image}", f"luks:{encrypted}", *options)
@@ -399,7 +406,7 @@ class Unremovable(FileHandler):
     async def remove(cls, config: str, options: Any) -> bool:
         return False
 
-    async def flush(self) -> None:  # type: ignore[override]
+    async def flush(self) -> None:
         raise OSError(5, "Input/output error")
 
 

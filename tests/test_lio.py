@@ -46,12 +46,26 @@ def test_an_encoded_config_has_nothing_that_the_kernel_would_split_at(config: st
         ("/var/tmp/disk.img", "/var/tmp/disk.img"),
         ("", ""),
         ("a:b,c%d e\n", "a%3Ab%2Cc%25d%20e%0A"),
+        ("a;b=c", "a%3Bb=c"),
         ("/srv/größe.img", "/srv/größe.img"),
         (os.fsdecode(b"/\xff"), "/%FF"),
     ],
 )
 def test_encoding(config: str, encoded: str) -> None:
     assert _lio.encode_config(config) == encoded
+
+
+@given(file_names, st.dictionaries(st.text("abc-", min_size=1), file_names))
+def test_options_of_a_config(config: str, extra: dict[str, str]) -> None:
+    text = ";".join([_lio.encode_config(config), *(f"{key}={_lio.encode_config(extra[key])}" for key in extra)])
+    as_read = {key: os.fsdecode(os.fsencode(value)) for key, value in extra.items()}
+    assert _lio.parse_config(text) == (os.fsdecode(os.fsencode(config)), as_read)
+
+
+@pytest.mark.parametrize("text", ["a;", "a;b", "a;=c", "a;b=1;b=2"])
+def test_options_that_are_none(text: str) -> None:
+    with pytest.raises(InvalidRequestError, match="is no option, or is there twice"):
+        _lio.parse_config(text)
 
 
 def test_foreign_configs_are_shown_as_they_are() -> None:

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ from cryptography.hazmat.primitives.kdf import argon2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tcmu_rs import IoVec, Options, ScsiError, _cli
+from tcmu_rs import AesXts, IoVec, Options, ScsiError, _cli
 from tcmu_rs.handlers.file import FileHandler
 from tcmu_rs.handlers.luks import LuksError, LuksHandler, WrongPassphraseError, cipher, format_luks, kdf, keys, luks2
-from tcmu_rs.handlers.luks.handler import STAGE, parse_header
+from tcmu_rs.handlers.luks.container import parse_header
+from tcmu_rs.handlers.luks.handler import STAGE
 from tcmu_rs.handlers.luks.volume import Volume
 from tcmu_rs.testing import simulated
 
-from .luks import CHEAP, OFFSET, PASSPHRASE, Memory, container, key
+from .luks import CHEAP, OFFSET, PASSPHRASE, Memory, container, key, make_cheap
 
 MIB = 1 << 20
 
@@ -40,7 +42,9 @@ def log() -> None:
     """Damage that these tests do is told in the log, as it has to be: here a warning is no failure."""
 
 
-KDF_VECTOR = b"password", b"somesalt"
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cheap(monkeypatch)
 
 
 # Arithmetic.
@@ -61,52 +65,106 @@ XTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", [cipher.KeptXts, cipher.FreshXts])
+@pytest.mark.parametrize("kind", [AesXts, cipher.KeptXts, cipher.FreshXts])
 @pytest.mark.parametrize(("key_", "number", "begins"), XTS)
-def test_xts_vectors(kind: type[cipher.SectorCipher], key_: str, number: int, begins: str) -> None:
-    sectors = kind(bytearray.fromhex(key_), 512)  # type: ignore[call-arg]
+def test_xts_vectors(kind: Callable[..., cipher.SectorCipher], key_: str, number: int, begins: str) -> None:
+    sectors = kind(bytearray.fromhex(key_), 512)
     data = bytearray(XTS_PLAIN)
-    sectors.encrypt(number, [memoryview(data)])
-    assert data.hex().startswith(begins)
-    sectors.decrypt(number, [memoryview(data)])
-    assert data == XTS_PLAIN
+    encrypted = bytearray(512)
+    sectors.encrypt(number, IoVec([data]), IoVec([encrypted]))
+    assert encrypted.hex().startswith(begins) and data == XTS_PLAIN
+    sectors.decrypt(number, IoVec([encrypted]))
+    assert encrypted == XTS_PLAIN
 
 
 def test_contexts_are_kept_with_this_version() -> None:
-    assert cipher.KEEPS_CONTEXTS
+    assert cipher.keeps_contexts()
 
 
-def test_a_version_that_cannot_keep_contexts_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_way_that_is_right_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Processor:
+        @staticmethod
+        def hardware_accelerated() -> bool:
+            return False
+
     class Broken(cipher.KeptXts):
-        def encrypt(self, number: int, sectors: Any) -> None:
-            super().encrypt(0, sectors)
+        def _encrypt(self, number: int, sector: memoryview) -> None:
+            super()._encrypt(0, sector)
 
+    def made() -> type:
+        return type(cipher.make_cipher("aes-xts-plain64", bytearray(range(64)), 512))
+
+    assert made() is (AesXts if AesXts.hardware_accelerated() else cipher.KeptXts)
+    monkeypatch.setattr(cipher, "AesXts", Processor)
+    assert made() is cipher.KeptXts
     monkeypatch.setattr(cipher, "KeptXts", Broken)
+    cipher.keeps_contexts.cache_clear()
     assert not cipher.keeps_contexts()
-    monkeypatch.setattr(cipher, "KEEPS_CONTEXTS", False)
-    assert type(cipher.make_cipher("aes-xts-plain64", bytearray(range(64)), 512)) is cipher.FreshXts
+    assert made() is cipher.FreshXts
+    monkeypatch.undo()
+    cipher.keeps_contexts.cache_clear()
 
 
 @given(
     key_=st.binary(min_size=32, max_size=32) | st.binary(min_size=64, max_size=64),
     sector_size=st.sampled_from(cipher.SECTOR_SIZES),
-    number=st.integers(0, 2**64 - 64),
-    count=st.integers(1, 5),
+    number=st.integers(0, 2**64 - 2000),
+    count=st.integers(1, 140),
+    cuts=st.lists(st.integers(0, 1 << 16), max_size=4),
     seed=st.integers(),
 )
 @settings(deadline=None)
-def test_kept_contexts_do_as_fresh_ones(key_: bytes, sector_size: int, number: int, count: int, seed: int) -> None:
-    # Halves that are equal are refused by OpenSSL: such a key is none.
+def test_every_way_of_xts_does_the_same(
+    key_: bytes, sector_size: int, number: int, count: int, cuts: list[int], seed: int
+) -> None:
+    # Halves that are equal are refused: such a key is none.
     key_ = key_[:-1] + bytes([key_[len(key_) // 2 - 1] ^ 1])
+    count = min(count, (1 << 16) // sector_size)
     plain = random.Random(seed).randbytes(count * sector_size)
-    kept, fresh = cipher.KeptXts(bytearray(key_), sector_size), cipher.FreshXts(bytearray(key_), sector_size)
-    one, other = bytearray(plain), bytearray(plain)
-    kept.encrypt(number, cipher.split(memoryview(one), sector_size))
-    fresh.encrypt(number, cipher.split(memoryview(other), sector_size))
-    assert one == other != plain
-    kept.decrypt(number, cipher.split(memoryview(one), sector_size))
-    fresh.decrypt(number, cipher.split(memoryview(other), sector_size))
-    assert one == other == plain
+    found = set()
+    ends = [0, *sorted(cut % len(plain) for cut in cuts), len(plain)]
+    for kind in (AesXts, cipher.KeptXts, cipher.FreshXts):
+        sectors = kind(bytearray(key_), sector_size)
+        encrypted = bytearray(len(plain))
+        sectors.encrypt(number, IoVec([plain[: len(plain) // 3], plain[len(plain) // 3 :]]), IoVec([encrypted]))
+        found.add(bytes(encrypted))
+        # The memory is in pieces that are no whole sectors.
+        view = memoryview(encrypted)
+        sectors.decrypt(number, IoVec([view[start:stop] for start, stop in itertools.pairwise(ends)]))
+        assert encrypted == plain
+    assert len(found) == 1 and found != {plain}
+
+
+@pytest.mark.parametrize(
+    ("key_", "sector_size", "said"),
+    [
+        (bytes(range(48)), 512, "48 bytes is none"),
+        (bytes(range(65)), 512, "more than 64 bytes"),
+        (b"", 512, "equal"),
+        (bytes(64), 512, "both halves of the key are equal"),
+        (bytes(range(64)), 768, "sectors of 768 bytes"),
+        (bytes(range(64)), 8192, "sectors of 8192 bytes"),
+    ],
+)
+def test_keys_and_sectors_that_are_none(key_: bytes, sector_size: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AesXts(key_, sector_size)
+
+
+def test_only_whole_sectors_are_encrypted() -> None:
+    sectors = AesXts(bytes(range(64)), 512)
+    data = bytearray(b"x" * 1024)
+    with pytest.raises(ValueError, match="1000 bytes are not whole sectors of 512"):
+        sectors.decrypt(0, IoVec([data[:1000]]))
+    with pytest.raises(ValueError, match="source has 512 bytes, the IoVec 1024"):
+        sectors.encrypt(0, IoVec([data[:512]]), IoVec([data]))
+    with pytest.raises(ValueError, match="64 bits"):
+        sectors.decrypt(2**64 - 1, IoVec([data]))
+    with pytest.raises(TypeError, match="read-only"):
+        sectors.decrypt(0, IoVec([bytes(data)]))
+    with pytest.raises(TypeError, match="read-only"):
+        sectors.encrypt(0, IoVec([data]), IoVec([bytes(data)]))
+    assert data == b"x" * 1024
 
 
 def test_pbkdf2_vectors() -> None:
@@ -577,7 +635,7 @@ def test_the_sectors_are_those_of_the_reference() -> None:
         trio.run(write)
         expected = bytearray(plain)
         reference = cipher.FreshXts(secret, sector_size)
-        reference.encrypt(0, cipher.split(memoryview(expected), sector_size))
+        reference.encrypt(0, IoVec([expected]), IoVec([expected]))
         assert memory.data[OFFSET:] == expected
 
 
@@ -755,7 +813,6 @@ async def test_nothing_shows_the_key(caplog: pytest.LogCaptureFixture) -> None:
             str(vars(handler)),
             repr(disk.device),
             repr(handler._cipher),
-            str(vars(handler._cipher)),
         ]
         await disk.write(0, bytes(8192))
     shown += [str(vars(handler)), caplog.text]
@@ -785,7 +842,7 @@ def run(*arguments: str | Path) -> Result:
 
 def attached(config: str, **extra: str) -> LuksHandler:
     return LuksHandler.from_config(
-        config, Options(extra={name.replace("_", "-"): text for name, text in extra.items()})
+        config, Options(extra={name.replace("_", "-"): text for name, text in extra.items()}, interactive=True)
     )
 
 
@@ -818,8 +875,140 @@ def test_create_with_several_key_files(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def filled(tmp_path: Path, config: str, *options: str) -> bytes:
+    """Makes a container as `tcmu-rs create` does, and writes all of it."""
+    data = random.Random(config).randbytes(MIB)
+    key_file = tmp_path / "key"
+    key_file.write_bytes(b"k")
+    given = [f"key-file={key_file}", *options]
+    result = run("create", f"luks:{config}", "--size", "1M", *(word for text in given for word in ("-o", text)))
+    assert (result.exit_code, result.output) == (0, "")
+
+    async def write() -> None:
+        async with opened_again(tmp_path, config, *options) as disk:
+            assert disk.size == MIB
+            await disk.write(0, IoVec([data]))
+
+    trio.run(write)
+    return data
+
+
+def opened_again(tmp_path: Path, config: str, *options: str) -> LuksHandler:
+    only_create = ("iter-time", "version", "key-size", "label", "sector-size")
+    pairs = [text.split("=", 1) for text in (f"key-file={tmp_path / 'key'}", *options)]
+    extra = {name: value for name, value in pairs if name.removeprefix("lower.") not in only_create}
+    return LuksHandler.from_config(config, Options(extra=extra))
+
+
+async def contents(disk: LuksHandler) -> bytes:
+    async with disk:
+        data = bytearray(disk.size)
+        await disk.read(0, IoVec([data]))
+        return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["iter-time=1"], (2, 512, 4096, OFFSET)),
+        (["iter-time=1", "sector-size=512", "key-size=256", "label=a label"], (2, 256, 512, OFFSET)),
+        (["iter-time=1", "version=1"], (1, 512, 512, 2 * MIB)),
+        (["iter-time=1", "version=1", "key-size=256"], (1, 256, 512, 2 * MIB)),
+    ],
+)
+def test_what_create_makes(tmp_path: Path, options: list[str], expected: tuple[int, ...], cheap: None) -> None:
+    path = tmp_path / "disk"
+    data = filled(tmp_path, str(path), *options)
+    found = json.loads(run("info", f"luks:{path}", "--json").stdout)
+    assert (found["version"], found["key bits"], found["sector size"], found["data offset"]) == expected
+    assert found["label"] == ("a label" if "label=a label" in options else "")
+    assert trio.run(contents, opened_again(tmp_path, str(path), *options)) == data
+    assert run("check", f"luks:{path}").stdout == "in order\n"
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_a_detached_header_is_made(tmp_path: Path, version: str, cheap: None) -> None:
+    path, header = tmp_path / "disk", tmp_path / "header"
+    options = [f"header={header}", "iter-time=1", f"version={version}"]
+    data = filled(tmp_path, str(path), *options)
+    assert path.stat().st_size == MIB and b"LUKS" not in path.read_bytes()[:4096]
+    assert trio.run(contents, opened_again(tmp_path, str(path), *options)) == data
+    assert "no LUKS container" in run("info", f"luks:{path}").stderr
+    assert f"version: {version}" in run("info", f"luks:{path}", "-o", f"header={header}").stdout
+
+
+def test_on_another_handler(tmp_path: Path, cheap: None) -> None:
+    # Encrypted twice: the handler below has options of its own, and is made first.
+    path, other = tmp_path / "disk", tmp_path / "other"
+    other.write_bytes(b"other")
+    options = ["iter-time=1", f"lower.key-file={other}", "lower.iter-time=1", "lower.sector-size=512"]
+    data = filled(tmp_path, f"luks:file:{path}", *options)
+    assert path.stat().st_size == 2 * OFFSET + MIB
+    assert trio.run(contents, opened_again(tmp_path, f"luks:{path}", *options)) == data
+    below = opened_again(tmp_path, str(path), f"key-file={other}")
+    assert trio.run(contents, below)[:6] == b"LUKS\xba\xbe"
+    found = run("info", f"luks:luks:{path}", "-o", f"lower.key-file={other}", "--json")
+    assert json.loads(found.stdout)["sector size"] == 4096
+
+
+def test_a_file_that_is_named_like_a_handler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cheap: None) -> None:
+    monkeypatch.chdir(tmp_path)
+    filled(tmp_path, "./ram:x", "iter-time=1")
+    assert (tmp_path / "ram:x").exists()
+    assert "version: 2" in run("info", "luks:./ram:x").stdout
+    assert "'ram:x' is a file, and could be the handler 'ram': write ./ram:x" in run("info", "luks:ram:x").stderr
+    assert "version: 2" in run("info", f"luks:{tmp_path}/ram:x").stdout
+    assert "unknown:x: there is no such file" in run("info", "luks:unknown:x").stderr
+
+
+@pytest.mark.parametrize("broken", ["write", "create"])
+def test_create_that_fails_leaves_neither_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    make_cheap(monkeypatch)
+    path, header, key_file = tmp_path / "x.luks", tmp_path / "header", tmp_path / "key"
+    key_file.write_bytes(b"x")
+    if broken == "write":
+        monkeypatch.setattr(FileHandler, "write", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
+    else:
+        header = tmp_path / "no" / "header"
+    result = run("create", f"luks:{path}", "--size", "1M", "-o", f"key-file={key_file}", "-o", f"header={header}")
+    assert result.exit_code == 1 and ("full" in result.stderr or "No such file" in result.stderr)
+    assert list(tmp_path.iterdir()) == [key_file]
+
+
+def test_a_container_that_was_made_opens_without_its_passphrase(tmp_path: Path, cheap: None) -> None:
+    path, key_file = tmp_path / "x.luks", tmp_path / "key"
+    key_file.write_bytes(b"k")
+    options = Options(size=MIB, create=True, extra={"key-file": str(key_file), "iter-time": "1"})
+
+    async def exercise() -> None:
+        handler = await LuksHandler.create(str(path), options)
+        key_file.unlink()
+        for block in (b"x" * 4096, b"y" * 4096):
+            async with handler:
+                await handler.write(0, IoVec([block]))
+        unused = await LuksHandler.create(str(tmp_path / "y"), replace(options, extra={"credential": "k"}))
+        # It is another container now: the key is not taken for it.
+        path.replace(tmp_path / "y")
+        with pytest.raises(LuksError, match="not the container that was made"):
+            await unused.open()
+
+    (tmp_path / "k").write_bytes(b"k")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+        trio.run(exercise)
+
+
+def test_a_daemon_asks_nobody_and_takes_no_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "x.luks"
+    path.write_bytes(bytes(4096))
+    with pytest.raises(ValueError, match="needs a passphrase: option key-file=PATH or credential=NAME"):
+        LuksHandler.from_config(str(path), Options())
+    with pytest.raises(ValueError, match="a passphrase-fd is for commands"):
+        LuksHandler.from_config(str(path), Options(extra={"passphrase-fd": "0"}))
+
+
 def test_create_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tcmu_rs.handlers.luks.handler.calibrate", lambda _: CHEAP)
+    make_cheap(monkeypatch)
     path, key_file = tmp_path / "x.luks", tmp_path / "key"
     key_file.write_bytes(b"x")
     arguments = ["create", f"luks:{path}", "-o", f"key-file={key_file}", "-o", "iter-time=1"]

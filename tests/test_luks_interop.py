@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from tcmu_rs import IoVec, Options
 from tcmu_rs.handlers.file import FileHandler
 from tcmu_rs.handlers.luks import LuksError, LuksHandler, WrongPassphraseError, format_luks, kdf
 
-from .luks import CHEAP, OFFSET
+from .luks import CHEAP, OFFSET, make_cheap
 
 MIB = 1 << 20
 KEY = b"\x00binary\nkey\xff"
@@ -74,6 +75,11 @@ def key_file(shared: Path) -> Path:
     path = shared / "key"
     path.write_bytes(KEY)
     return path
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cheap(monkeypatch)
 
 
 @pytest.fixture
@@ -267,7 +273,93 @@ async def test_a_repaired_header_is_good_for_cryptsetup(shared: Path, key_file: 
         assert path.read_bytes() == before
 
 
+@cryptsetup_tests
+@pytest.mark.parametrize("options", [["version=1"], ["version=1", "key-size=256"], []])
+@pytest.mark.parametrize("detached", [False, True])
+async def test_what_create_makes_is_good_for_cryptsetup(
+    shared: Path, key_file: Path, options: list[str], detached: bool, cheap: None
+) -> None:
+    path, header, other = shared / "disk", shared / "header", shared / "other"
+    other.write_bytes(b"other")
+    extra = {"key-file": str(key_file), "key-file-2": str(other), "iter-time": "1"}
+    extra |= dict(option.split("=", 1) for option in options) | ({"header": str(header)} if detached else {})
+    await LuksHandler.create(str(path), Options(size=MIB, create=True, extra=extra))
+    where = header if detached else path
+    for key in (key_file, other):
+        cryptsetup("open", "--test-passphrase", "--key-file", key, where)
+    dump = cryptsetup("luksDump", where)
+    assert ("Version:       \t1" in dump) is ("version=1" in options)
+    assert f"{extra.get('key-size', 512)}" in dump
+    # It goes on with what we have made: the other keyslots are where it expects them.
+    cryptsetup("luksAddKey", *FAST, "--key-file", key_file, where, key_file)
+    cryptsetup("luksKillSlot", "--key-file", other, where, "0")
+    data = bytearray(MIB)
+    above = FileHandler(header, read_only=True) if detached else None
+    async with LuksHandler(FileHandler(path), lambda _: KEY, header=above) as disk:
+        assert disk.size == MIB
+        await disk.read(0, IoVec([data]))
+
+
+# Conversion.
+
+
+def tcmu_rs(*arguments: str) -> str:
+    return run(sys.executable, "-m", "tcmu_rs", *arguments)
+
+
+@cryptsetup_tests
+def test_a_copy_encrypts_what_cryptsetup_decrypts(shared: Path, key_file: Path, plain: bytes) -> None:
+    raw, path = shared / "raw", shared / "disk"
+    raw.write_bytes(plain[:MIB] + bytes(MIB) + plain[2 * MIB :])
+    options = "--create", "-o", f"key-file={key_file}", "-o", "iter-time=1", "--verify"
+    tcmu_rs("copy", f"file:{raw}", f"luks:{path}", *options)
+    reencrypt(
+        shared, "--decrypt", "--force-offline-reencrypt", "--key-file", key_file, "--header", shared / "header", path
+    )
+    assert path.read_bytes()[: len(plain)] == raw.read_bytes()
+
+
+@cryptsetup_tests
+def test_a_copy_decrypts_what_cryptsetup_encrypts(shared: Path, key_file: Path, plain: bytes) -> None:
+    raw, path = shared / "raw", shared / "disk"
+    path.write_bytes(plain + bytes(32 * MIB))
+    options = ["--encrypt", "--type", "luks2", "--reduce-device-size", "32M", "--sector-size", "4096", *FAST]
+    reencrypt(shared, *options, "--key-file", key_file, path)
+    tcmu_rs("copy", f"luks:{path}", f"file:{raw}", "--create", "-i", f"key-file={key_file}")
+    assert raw.read_bytes()[: len(plain)] == plain
+
+
+@qemu_tests
+def test_copies_and_qemu_img_convert_agree(tmp_path: Path, plain: bytes) -> None:
+    raw, ours, theirs, back = (tmp_path / name for name in ("raw", "ours", "theirs", "back"))
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"qemu")
+    raw.write_bytes(plain + bytes(MIB))
+    objects = ["--object", f"secret,id=s,file={secret}"]
+
+    def image(path: Path) -> str:
+        return f"driver=luks,key-secret=s,file.filename={path}"
+
+    options = "-o", "version=1", "-o", f"key-file={secret}", "-o", "iter-time=1"
+    tcmu_rs("copy", f"file:{raw}", f"luks:{ours}", "--create", *options)
+    run("qemu-img", "convert", *objects, "--image-opts", image(ours), "-O", "raw", back)
+    assert back.read_bytes() == raw.read_bytes()
+    qemu_img_create(*objects, "-f", "luks", "-o", "key-secret=s,iter-time=10", theirs, str(len(plain) + MIB))
+    run("qemu-img", "convert", *objects, "-n", "--target-image-opts", "-f", "raw", raw, image(theirs))
+    tcmu_rs("copy", f"luks:{theirs}", f"file:{back}", "-i", f"key-file={secret}")
+    assert back.read_bytes() == raw.read_bytes()
+
+
 # QEMU, which knows LUKS1.
+
+
+def qemu_img_create(*arguments: str | Path) -> None:
+    for _ in range(9):
+        with contextlib.suppress(AssertionError):
+            # On a busy machine QEMU now and then cannot measure how fast it derives keys, and gives up.
+            run("qemu-img", "create", "-q", *arguments)
+            return
+    run("qemu-img", "create", "-q", *arguments)
 
 
 @qemu_tests
@@ -286,13 +378,7 @@ async def test_luks1_of_qemu_both_ways(tmp_path: Path, plain: bytes, options: st
     pattern.write_bytes(plain)
     size = len(plain) + MIB
     objects = ["--object", f"secret,id=s,file={secret}"]
-    create = ["qemu-img", "create", "-q", "-f", "luks", *objects, "-o", f"key-secret=s,iter-time=10,{options}"]
-    for _ in range(10):
-        with contextlib.suppress(AssertionError):
-            # On a busy machine QEMU now and then cannot measure how fast it derives keys, and gives up.
-            run(*create, path, str(size))
-            break
-        path.unlink(missing_ok=True)
+    qemu_img_create("-f", "luks", *objects, "-o", f"key-secret=s,iter-time=10,{options}", path, str(size))
     opts = f"driver=luks,key-secret=s,file.filename={path}"
     run("qemu-io", *objects, "--image-opts", opts, "-c", f"write -s {pattern} 512 {len(plain)}")
     found = await contents(path, key=b"qemu")

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from tcmu_rs import IoVec
-from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, create
+from tcmu_rs import IoVec, Options
+from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, ZstdHandler, create
+from tcmu_rs.testing import check_block_handler
 
 MIB = 1 << 20
 
@@ -157,3 +158,103 @@ async def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None
     path.write_bytes(b"not an image")
     with pytest.raises(Qcow2Error, match="no qcow2 image"):
         await contents(path)
+
+
+def some_data(rng: random.Random, length: int) -> bytes:
+    """Incompressible, compressible, or all the same."""
+    kind = rng.random()
+    if kind < 0.3:
+        return rng.randbytes(length)
+    return bytes([rng.randrange(256)]) * length if kind < 0.7 else rng.randbytes(64) * (length // 64)
+
+
+async def work(path: Path, rng: random.Random, model: bytearray, operations: int, **arguments: Any) -> None:
+    """Random commands, on the disk and on a bytearray."""
+    size = len(model)
+    sizes: dict[str, Any] = {"cache_size": rng.choice([1 << 16, MIB, 32 * MIB]), "log_size": rng.choice([MIB, 4 * MIB])}
+    async with Qcow2Handler(path, idle=rng.choice([None, 0.01]), **sizes, **arguments) as disk:
+        for _ in range(operations):
+            offset = rng.randrange(0, size, 512)
+            length = rng.choice([512, 4096, 8192, 65536, rng.randrange(512, size // 8, 512)])
+            length = min(length, size - offset)
+            kind = rng.choices(["write", "write_zeroes", "discard", "flush", "read"], [55, 8, 8, 12, 17])[0]
+            if kind == "write":
+                data = some_data(rng, length)
+                await disk.write(offset, IoVec([data]))
+                model[offset : offset + length] = data
+            elif kind == "flush":
+                await disk.flush()
+            elif kind == "read":
+                found = bytearray(length)
+                await disk.read(offset, IoVec([found]))
+                assert found == model[offset : offset + length]
+            else:
+                await (disk.discard if kind == "discard" else disk.write_zeroes)(offset, length)
+                model[offset : offset + length] = bytes(length)
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_what_we_wrote_qemu_reads(tmp_path: Path, seed: int) -> None:
+    """Several times opened and closed, and in between `qemu-img check` finds nothing."""
+    rng = random.Random(seed)
+    path, size = tmp_path / "disk.qcow2", 4 * MIB
+    options: dict[str, Any]
+    if seed % 2:
+        options = random_image(path, rng, size)
+        random_writes(path, rng, size, options["cluster_size"])
+    else:
+        options = {
+            "cluster_size": rng.choice([512, 4096, 8192, 65536, 2 * MIB]),
+            "compression": rng.choice(["zlib", "zstd"]),
+            "refcount_bits": rng.choice([1, 8, 16, 64]),
+        }
+        create(path, size, **options)
+    model = bytearray(raw(path))
+    for _ in range(3):
+        await work(path, rng, model, 40, compress=rng.random() < 0.6)
+        check(path)
+        assert raw(path) == model, options
+
+
+@pytest.mark.parametrize("handler", [Qcow2Handler, ZstdHandler])
+async def test_obligations(tmp_path: Path, handler: type[Qcow2Handler]) -> None:
+    path = tmp_path / "disk.qcow2"
+    await handler.create(str(path), Options(size=4 * MIB))
+    await check_block_handler(lambda: handler(path), persistent=True)
+    check(path)
+
+
+async def test_an_image_that_was_only_read_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, MIB)
+    before = path.read_bytes()
+    async with Qcow2Handler(path) as disk:
+        await disk.read(0, IoVec([bytearray(4096)]))
+        await disk.flush()
+    assert path.read_bytes() == before
+
+
+async def test_qemu_keeps_off_while_the_log_is_there(tmp_path: Path) -> None:
+    path, left = tmp_path / "disk.qcow2", tmp_path / "left.qcow2"
+    create(path, MIB)
+    async with Qcow2Handler(path) as disk:
+        await disk.write(0, IoVec([b"x" * 4096]))
+        assert "lock" in subprocess.run(["qemu-img", "check", path], capture_output=True, text=True, check=False).stderr
+        await disk.flush()
+        # As after a crash.
+        shutil.copy(path, left)
+    refused = subprocess.run(["qemu-img", "check", left], capture_output=True, text=True, check=False)
+    assert "tcmu write-ahead log" in refused.stderr
+    assert (await contents(left))[:4096] == b"x" * 4096
+    async with Qcow2Handler(left):
+        pass
+    check(left)
+    assert raw(left)[:4096] == b"x" * 4096
+
+
+async def test_an_image_in_use_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, MIB)
+    async with Qcow2Handler(path):
+        with pytest.raises(BlockingIOError, match="in use"):
+            await contents(path)

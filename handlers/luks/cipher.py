@@ -3,21 +3,26 @@
 Numbers count units of 512 bytes whatever the size of the sectors (`plain64`), so neighbours among sectors of 4096 bytes
 are 8 apart.
 
-The contract of the `cryptography` package has one context per message, which costs 3 µs per sector, most of it the two
-key schedules. Its `reset_nonce` starts a kept context over with another tweak, in a quarter of that, and is documented
-for other modes. Whether it does the right thing for XTS is tested when this module is imported, against the published
-vectors; if not, there is a new context for each sector. That path stays the reference which tests compare with.
+`tcmu_rs.AesXts` does it for all sectors of a command in one call. On a processor without AES, and as the reference that
+tests compare with, there is OpenSSL by way of the package `cryptography`. Its contract has one context per message,
+which costs 3 µs per sector, most of it the two key schedules. Its `reset_nonce` starts a kept context over with another
+tweak, in a quarter of that, and is documented for other modes. Whether it does the right thing for XTS is tested before
+it is used, against the published vectors; if not, there is a new context for each sector.
 
 A context may not be used by two threads at once: one `SectorCipher` belongs to one event loop.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Protocol
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+
+from tcmu_rs import AesXts, IoVec
 
 from ._errors import LuksError
 
@@ -27,113 +32,123 @@ SECTOR_SIZES = (512, 1024, 2048, 4096)
 UNIT = 512
 
 
-class SectorCipher(ABC):
-    """Encrypts and decrypts sectors in place.
+class SectorCipher(Protocol):
+    """Encrypts and decrypts whole sectors that follow one another; the first has the number that is given.
 
-    Attributes:
-        writable: It encrypts too.
+    The key is overwritten when the object goes.
     """
 
-    writable = True
+    def encrypt(self, number: int, source: IoVec, target: IoVec, /) -> None:
+        """Encrypts out of one memory into another, which may be the same."""
+
+    def decrypt(self, number: int, iov: IoVec, /) -> None:
+        """Decrypts in place."""
+
+
+class _BySector(ABC):
+    """Goes through the memory sector by sector."""
+
+    def __init__(self, sector_size: int) -> None:
+        self._sector_size = sector_size
 
     @abstractmethod
-    def encrypt(self, number: int, sectors: Iterable[memoryview]) -> None:
-        """Encrypts sectors that follow one another; the first has this number."""
+    def _encrypt(self, number: int, sector: memoryview) -> None:
+        """Encrypts one in place."""
 
     @abstractmethod
-    def decrypt(self, number: int, sectors: Iterable[memoryview]) -> None:
-        """Decrypts sectors that follow one another; the first has this number."""
+    def _decrypt(self, number: int, sector: memoryview) -> None:
+        """Decrypts one in place."""
 
-    @abstractmethod
-    def wipe(self) -> None:
-        """Forgets the key; nothing works afterwards."""
+    def encrypt(self, number: int, source: IoVec, target: IoVec, /) -> None:
+        """Copies, and encrypts there."""
+        (view,) = target
+        source.copy_into(view)
+        for at, sector in self._sectors(view):
+            self._encrypt(number + at // UNIT, sector)
+
+    def decrypt(self, number: int, iov: IoVec, /) -> None:
+        """Decrypts in place, or by way of a buffer if sectors are in several pieces of memory."""
+        views = list(iov)
+        if any(len(view) % self._sector_size for view in views):
+            views = [memoryview(bytearray(iov.nbytes))]
+            iov.copy_into(views[0])
+        for view in views:
+            for at, sector in self._sectors(view):
+                self._decrypt(number + at // UNIT, sector)
+            number += len(view) // UNIT
+        if len(views) != len(iov):
+            iov.copy_from(views[0])
+
+    def _sectors(self, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+        for at in range(0, len(view), self._sector_size):
+            yield at, view[at : at + self._sector_size]
 
 
-class KeptXts(SectorCipher):
-    """AES-XTS with one context for each direction."""
+class KeptXts(_BySector):
+    """AES-XTS with one context for each direction; OpenSSL clears their memory when they go."""
 
     def __init__(self, key: bytearray, sector_size: int) -> None:
+        super().__init__(sector_size)
+        modes.ModeWithNonce.register(modes.XTS)
         cipher = Cipher(algorithms.AES(key), modes.XTS(bytes(16)))
         self._encryptor = cipher.encryptor()
         self._decryptor = cipher.decryptor()
-        self._step = sector_size // UNIT
 
-    def encrypt(self, number: int, sectors: Iterable[memoryview]) -> None:
-        """Encrypts in place."""
-        reset, update, step = self._encryptor.reset_nonce, self._encryptor.update_into, self._step
-        for sector in sectors:
-            reset(number.to_bytes(16, "little"))
-            update(sector, sector)
-            number += step
+    def _encrypt(self, number: int, sector: memoryview) -> None:
+        self._restart(self._encryptor, number, sector)
 
-    def decrypt(self, number: int, sectors: Iterable[memoryview]) -> None:
-        """Decrypts in place."""
-        reset, update, step = self._decryptor.reset_nonce, self._decryptor.update_into, self._step
-        for sector in sectors:
-            reset(number.to_bytes(16, "little"))
-            update(sector, sector)
-            number += step
+    def _decrypt(self, number: int, sector: memoryview) -> None:
+        self._restart(self._decryptor, number, sector)
 
-    def wipe(self) -> None:
-        """Frees the contexts; OpenSSL clears their memory."""
-        del self._encryptor, self._decryptor
+    def _restart(self, context: CipherContext, number: int, sector: memoryview) -> None:
+        context.reset_nonce(number.to_bytes(16, "little"))
+        context.update_into(sector, sector)
 
 
-class FreshXts(SectorCipher):
+class FreshXts(_BySector):
     """AES-XTS with a context for each sector."""
 
     def __init__(self, key: bytearray, sector_size: int) -> None:
+        super().__init__(sector_size)
         self._key = bytearray(key)
-        self._step = sector_size // UNIT
 
-    def encrypt(self, number: int, sectors: Iterable[memoryview]) -> None:
-        """Encrypts in place."""
-        for sector in sectors:
-            self._cipher(number).encryptor().update_into(sector, sector)
-            number += self._step
+    def _encrypt(self, number: int, sector: memoryview) -> None:
+        self._cipher(number).encryptor().update_into(sector, sector)
 
-    def decrypt(self, number: int, sectors: Iterable[memoryview]) -> None:
-        """Decrypts in place."""
-        for sector in sectors:
-            self._cipher(number).decryptor().update_into(sector, sector)
-            number += self._step
-
-    def wipe(self) -> None:
-        """Overwrites the key."""
-        self._key[:] = bytes(len(self._key))
+    def _decrypt(self, number: int, sector: memoryview) -> None:
+        self._cipher(number).decryptor().update_into(sector, sector)
 
     def _cipher(self, number: int) -> Cipher[modes.XTS]:
         return Cipher(algorithms.AES(self._key), modes.XTS(number.to_bytes(16, "little")))
 
+    def __del__(self) -> None:
+        """Overwrites the key."""
+        self._key[:] = bytes(len(self._key))
 
-class CbcEssiv(SectorCipher):
+
+class CbcEssiv(_BySector):
     """AES-CBC whose initialisation vector is the number, encrypted under a hash of the key. For old containers."""
 
     writable = False
 
     def __init__(self, key: bytearray, sector_size: int) -> None:
+        super().__init__(sector_size)
         self._key = bytearray(key)
-        self._step = sector_size // UNIT
         # Of single blocks, each its own message: ECB keeps no state between them.
         hashed = hashlib.sha256(key).digest()
         self._essiv = Cipher(algorithms.AES(hashed), modes.ECB()).encryptor()
 
-    def encrypt(self, number: int, sectors: Iterable[memoryview]) -> None:
-        """Refuses."""
+    def _encrypt(self, number: int, sector: memoryview) -> None:
         raise NotImplementedError("aes-cbc-essiv:sha256 is read, not written")
 
-    def decrypt(self, number: int, sectors: Iterable[memoryview]) -> None:
-        """Decrypts in place."""
-        for sector in sectors:
-            vector = self._essiv.update(number.to_bytes(16, "little"))
-            decryptor = Cipher(algorithms.AES(self._key), modes.CBC(vector)).decryptor()
-            sector[:] = decryptor.update(sector)
-            number += self._step
+    def _decrypt(self, number: int, sector: memoryview) -> None:
+        vector = self._essiv.update(number.to_bytes(16, "little"))
+        decryptor = Cipher(algorithms.AES(self._key), modes.CBC(vector)).decryptor()
+        sector[:] = decryptor.update(sector)
 
-    def wipe(self) -> None:
+    def __del__(self) -> None:
         """Overwrites the key."""
         self._key[:] = bytes(len(self._key))
-        del self._essiv
 
 
 _VECTORS = (
@@ -153,28 +168,25 @@ _VECTORS = (
 )
 
 
+@functools.cache
 def keeps_contexts() -> bool:
     """Whether a kept context does XTS right with this version of `cryptography`."""
     try:
-        modes.ModeWithNonce.register(modes.XTS)
         for key, number, plain, encrypted in _VECTORS:
             cipher = KeptXts(bytearray.fromhex(key), UNIT)
             # The answer of a context must not depend on what it did before.
             for other in (0, number, number ^ 0xFF << 64):
                 sector = bytearray.fromhex(plain)
-                cipher.encrypt(other, [memoryview(sector)])
+                cipher._encrypt(other, memoryview(sector))
                 if (sector.hex() == encrypted) is not (other == number):
                     return False
-                cipher.decrypt(other, [memoryview(sector)])
+                cipher._decrypt(other, memoryview(sector))
                 if sector.hex() != plain:
                     return False
     # An undocumented use may fail in any way there is.
     except Exception:
         return False
     return True
-
-
-KEEPS_CONTEXTS = keeps_contexts()
 
 
 def check_cipher(name: str, key_size: int, sector_size: int) -> None:
@@ -205,11 +217,8 @@ def make_cipher(name: str, key: bytearray, sector_size: int) -> SectorCipher:
         LuksError: It is not supported.
     """
     check_cipher(name, len(key), sector_size)
-    if name == "aes-xts-plain64":
-        return KeptXts(key, sector_size) if KEEPS_CONTEXTS else FreshXts(key, sector_size)
-    return CbcEssiv(key, sector_size)
-
-
-def split(buffer: memoryview, sector_size: int) -> list[memoryview]:
-    """Cuts a buffer into sectors."""
-    return [buffer[at : at + sector_size] for at in range(0, len(buffer), sector_size)]
+    if name != "aes-xts-plain64":
+        return CbcEssiv(key, sector_size)
+    if AesXts.hardware_accelerated():
+        return AesXts(key, sector_size)
+    return KeptXts(key, sector_size) if keeps_contexts() else FreshXts(key, sector_size)

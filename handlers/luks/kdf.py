@@ -167,7 +167,14 @@ def calibrate(seconds: float = 1.5) -> Argon2:
     return replace(kdf, memory=memory, time=min(passes, MAX_MEMORY_PASSES // memory))
 
 
-def _seconds_of(kdf: Argon2) -> float:
+def calibrate_pbkdf2(seconds: float = 1.5) -> Pbkdf2:
+    """Finds how many iterations of PBKDF2 take about this long here, but never fewer than 100,000."""
+    kdf = Pbkdf2("sha256", 100_000, secrets.token_bytes(32))
+    factor = seconds / min(_seconds_of(kdf) for _ in range(3))
+    return replace(kdf, iterations=min(max(kdf.iterations, int(kdf.iterations * factor)), MAX_ITERATIONS))
+
+
+def _seconds_of(kdf: Kdf) -> float:
     start = time.perf_counter()
     kdf.derive(b"calibration", 32)
     return time.perf_counter() - start
@@ -204,6 +211,14 @@ def af_split(key: bytearray, algorithm: str) -> bytearray:
     for at in range(0, len(stripes), size):
         state = _diffuse(_xor(state, stripes[at : at + size]), algorithm)
     return stripes + _xor(state, key)
+
+
+class VolumeKey(bytearray):
+    """A key that is overwritten when the object goes."""
+
+    def __del__(self) -> None:
+        """Overwrites it."""
+        wipe(self)
 
 
 def wipe(*secrets_: bytearray) -> None:

@@ -103,12 +103,15 @@ def prompt(what: str, *, twice: bool = False) -> bytearray:
     return bytearray(passphrase.encode("utf-8", "surrogateescape"))
 
 
-def take_sources(extra: dict[str, str], what: str, *, new: bool = False) -> list[Callable[[], Secret]]:
+def take_sources(
+    extra: dict[str, str], what: str, *, interactive: bool, new: bool = False
+) -> list[Callable[[], Secret]]:
     """Takes out of a handler's options those that say where passphrases are.
 
     Args:
         extra: Options; what is understood is removed.
         what: What is to be opened or made.
+        interactive: There may be a person to ask, and descriptors are ours.
         new: A container is being made: `key-file-2`, `key-file-3` and so on give it more keyslots.
 
     Returns:
@@ -126,6 +129,8 @@ def take_sources(extra: dict[str, str], what: str, *, new: bool = False) -> list
             sources.append(functools.partial(from_file, Path(value)))
         elif name == "credential":
             sources.append(functools.partial(from_credential, value))
+        elif not interactive:
+            raise ValueError(f"{what}: a passphrase-fd is for commands; a daemon takes a key-file or a credential")
         else:
             if not value.isascii() or not value.isdigit():
                 raise ValueError(f"passphrase-fd is {value!r}; it is the number of an open descriptor")
@@ -135,6 +140,8 @@ def take_sources(extra: dict[str, str], what: str, *, new: bool = False) -> list
         sources.append(functools.partial(from_file, Path(extra.pop(f"key-file-{number}"))))
         number += 1
     if not sources:
+        if not interactive:
+            raise ValueError(f"{what} needs a passphrase: option key-file=PATH or credential=NAME")
         if not sys.stdin.isatty():
             raise ValueError(
                 f"{what} needs a passphrase: -o key-file=PATH, -o passphrase-fd=N, -o credential=NAME, or a terminal"

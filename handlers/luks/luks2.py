@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from ._errors import LuksError
 from .cipher import SECTOR_SIZES, UNIT
 from .kdf import STRIPES, Argon2, Kdf, Pbkdf2
-from .volume import Digest, Keyslot, Volume, printable
+from .volume import Digest, Keyslot, NewContainer, Volume, printable
 
 MAGIC = b"LUKS\xba\xbe"
 SECONDARY_MAGIC = b"SKUL\xba\xbe"
@@ -336,24 +336,6 @@ _DATA_OFFSET = 16 << 20
 _AREA_ALIGNMENT = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class NewContainer:
-    """What is to be written to make a container.
-
-    Attributes:
-        volume: What it will be.
-        pieces: Offset and bytes, in the order to write them: the header that makes it valid comes last.
-    """
-
-    volume: Volume
-    pieces: tuple[tuple[int, bytes], ...]
-
-
-def new_key(size: int = 64) -> bytearray:
-    """A volume key."""
-    return bytearray(secrets.token_bytes(size))
-
-
 def make(
     passphrases: Sequence[bytes | bytearray],
     kdf: Kdf,
@@ -363,6 +345,7 @@ def make(
     sector_size: int = 4096,
     label: str = "",
     uuid: str | None = None,
+    detached: bool = False,
     volume_key: bytearray | None = None,
 ) -> NewContainer:
     """Makes the header of a new container. Takes as long as the derivation, once for each passphrase.
@@ -375,6 +358,7 @@ def make(
         sector_size: Bytes that are encrypted as one.
         label: For people, at most 47 bytes.
         uuid: Random if there is none.
+        detached: The data is on another device, from its start.
         volume_key: Random if there is none. It is not wiped.
 
     Raises:
@@ -384,7 +368,7 @@ def make(
         raise LuksError(f"{len(passphrases)} passphrases cannot be: 1 to {_KEYSLOTS}, and none of them empty")
     if len(label.encode()) > 47:
         raise LuksError(f"the label {label!r} is too long: 47 bytes at most")
-    key = volume_key if volume_key is not None else new_key(key_size)
+    key = volume_key if volume_key is not None else bytearray(secrets.token_bytes(key_size))
     area_size = -(-key_size * STRIPES // _AREA_ALIGNMENT) * _AREA_ALIGNMENT
     slots = tuple(
         Keyslot(
@@ -410,7 +394,7 @@ def make(
             cipher=cipher,
             key_size=key_size,
             sector_size=sector_size,
-            offset=_DATA_OFFSET,
+            offset=0 if detached else _DATA_OFFSET,
             size=None,
             iv_tweak=0,
             keyslots=slots,
@@ -442,7 +426,7 @@ def make(
     ]
     primary = _seal(fields, area)
     secondary = parse_copy(primary, 0, secondary=False).twin()
-    return NewContainer(volume, (*areas, (_HEADER_SIZE, secondary), (0, primary)))
+    return NewContainer(volume, (*areas, (_HEADER_SIZE, secondary), (0, primary)), _DATA_OFFSET)
 
 
 def _metadata(volume: Volume) -> dict[str, Any]:

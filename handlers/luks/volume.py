@@ -6,8 +6,10 @@ import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tcmu_rs import IoVec
+
 from ._errors import LuksError, WrongPassphraseError
-from .cipher import UNIT, check_cipher, make_cipher, split
+from .cipher import UNIT, check_cipher, make_cipher
 from .kdf import STRIPES, Kdf, Pbkdf2, af_merge, af_split, check_hash, wipe
 
 
@@ -58,10 +60,9 @@ class Keyslot:
         material = bytearray(area[: self.material_size])
         cipher = make_cipher(self.encryption, key, UNIT)
         try:
-            cipher.decrypt(0, split(memoryview(material), UNIT))
+            cipher.decrypt(0, IoVec([material]))
             return af_merge(material, self.key_size, self.af_hash)
         finally:
-            cipher.wipe()
             wipe(key, material)
 
     def seal(self, volume_key: bytearray, passphrase: bytes | bytearray) -> bytearray:
@@ -70,11 +71,9 @@ class Keyslot:
         material = af_split(volume_key, self.af_hash)
         material += bytes(self.material_size - len(material))
         cipher = make_cipher(self.encryption, key, UNIT)
-        try:
-            cipher.encrypt(0, split(memoryview(material), UNIT))
-        finally:
-            cipher.wipe()
-            wipe(key)
+        wipe(key)
+        iov = IoVec([material])
+        cipher.encrypt(0, iov, iov)
         return material
 
 
@@ -88,6 +87,21 @@ class Digest:
     def fits(self, volume_key: bytearray) -> bool:
         """Whether this is the volume key."""
         return hmac.compare_digest(self.kdf.derive(volume_key, len(self.digest)), self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class NewContainer:
+    """What is to be written to make a container.
+
+    Attributes:
+        volume: What it will be.
+        pieces: Offset and bytes, in the order to write them: the header that makes it valid comes last.
+        header_size: Bytes of the header and all keyslots: where the data begins if they are on the same device.
+    """
+
+    volume: Volume
+    pieces: tuple[tuple[int, bytes], ...]
+    header_size: int
 
 
 @dataclass(frozen=True, slots=True)

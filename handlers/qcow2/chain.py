@@ -8,9 +8,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from tcmu_rs import IoVec
+
 from ._errors import Qcow2Error
-from .header import CORRUPT, DATA_FILE, MAGIC, Header, parse
+from .cache import Entry
+from .header import CORRUPT, DATA_FILE, MAGIC, SECTOR, Header, parse
 from .image import Image, RawSource, Source
+from .log import SAVED_SECTOR, Chain, read_chain
 from .pages import Pages
 from .snapshots import find_snapshot, read_snapshots
 from .storage import Storage
@@ -79,8 +83,11 @@ def open_image(
                 raise Qcow2Error(f"{path} does not say what its data file is")
             data = storage(_resolve(path, header.data_file, root, "data file"), writable=writable)
         pages = Pages(file, header.cluster_size)
+        chain_of_log = None
+        pieces: dict[int, list[tuple[int, bytes]]] = {}
         if header.log is not None:
-            raise Qcow2Error(f"{path} was not closed: its log has to be replayed first")
+            chain_of_log = read_chain(file, header.log, pages.size)
+            header, pieces = _replay(file, pages, header, chain_of_log)
         size, tables = header.size, Tables(pages, header)
         if snapshot is not None:
             found = find_snapshot(read_snapshots(pages, header), snapshot)
@@ -88,7 +95,18 @@ def open_image(
             size = found.disk_size
         if header.backing is not None:
             backing = _open_backing(path, header, root, storage, chain)
-        return Image(file, header, pages, tables=tables, size=size, backing=backing, data=data)
+        image = Image(file, header, pages, tables=tables, size=size, backing=backing, data=data)
+        if snapshot is None:
+            for cluster, parts in pieces.items():
+                content = bytearray(header.cluster_size)
+                image.read(cluster << header.cluster_bits, IoVec([content]), wait=True)
+                entry = image.cache[cluster] = Entry(content, 0)
+                for start, part in parts:
+                    content[start : start + len(part)] = part
+                    entry.mark(start, len(part))
+                entry.logged, entry.unlogged = entry.unlogged, 0
+        image.chain = chain_of_log
+        return image
     except BaseException:
         file.close()
         if data is not None:
@@ -96,6 +114,35 @@ def open_image(
         if backing is not None:
             backing.close()
         raise
+
+
+def _replay(
+    file: Storage, pages: Pages, header: Header, chain: Chain
+) -> tuple[Header, dict[int, list[tuple[int, bytes]]]]:
+    """Applies the records of a log in memory: the header as it is then, and by guest cluster what is newer than it.
+
+    Raises:
+        Qcow2Error: The log is not of this image.
+    """
+    assert header.log is not None
+    pieces: dict[int, list[tuple[int, bytes]]] = {}
+    for record in chain.records:
+        for number, mask, words in record.pages:
+            pages.put(number, mask, words)
+        for cluster in record.settled:
+            pieces.pop(cluster, None)
+        for offset, data in record.pieces:
+            within = offset & (header.cluster_size - 1)
+            if within + len(data) > header.cluster_size:
+                raise Qcow2Error(f"{file.path}: a record of the log is not of this image")
+            pieces.setdefault(offset >> header.cluster_bits, []).append((within, data))
+    header = parse(pages.read(0, header.cluster_size))
+    before = file.pread(header.log.offset + SAVED_SECTOR, SECTOR) if header.log else b""
+    if before[:7] != MAGIC + bytes(3) or before[7] not in (2, 3):
+        raise Qcow2Error(f"{file.path}: the log of the image is damaged: it does not have the header")
+    # While the log is there every image says that it is of version 3.
+    header.version = before[7]
+    return header, pieces
 
 
 def _open_backing(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
-from tcmu_rs import BlockHandler, ExtentState, IoVec, Options
+from tcmu_rs import BlockHandler, ExtentState, IoVec, Options, WriteProtected
 
 from . import tools
 from .chain import open_image
 from .image import Image, Kind
 from .pages import Cold
 from .storage import Storage
+from .writer import CACHE, IDLE, Writer
 
 if TYPE_CHECKING:
     from typing import Self
@@ -38,11 +40,18 @@ class Qcow2Handler(BlockHandler):
         block_size: Bytes of a logical block.
         size: Bytes that the disk has to have.
         storage: Opens the files: called with a path and the keyword `writable`.
+        cache_size: Bytes of dirty clusters that are kept in memory.
+        log_size: Bytes of the log, while the image is open; by default it goes with the size of the disk.
+        idle: Seconds without a write after which everything is written back; None for never.
 
     Raises:
         Qcow2Error: From `open`: it is no image, damaged, not supported, or names what it must not.
         OSError: From `open`: a file cannot be opened, or is in use (EWOULDBLOCK).
     """
+
+    _name = "qcow2"
+    _compresses = False
+    _cluster_size = 64 << 10
 
     max_in_flight = 32
     fills_reads = True
@@ -60,6 +69,9 @@ class Qcow2Handler(BlockHandler):
         block_size: int = 512,
         size: int | None = None,
         storage: Callable[..., Storage] = Storage,
+        cache_size: int = CACHE,
+        log_size: int | None = None,
+        idle: float | None = IDLE,
     ) -> None:
         self.path = Path(path)
         self.block_size = block_size
@@ -70,35 +82,64 @@ class Qcow2Handler(BlockHandler):
         self._backing_root = backing_root
         self._wanted_size = size
         self._storage = storage
+        self._writing: dict[str, Any] = {"cache_size": cache_size, "log_size": log_size, "idle": idle}
         self._image: Image | None = None
+        self._writer: Writer | None = None
 
     @classmethod
     def from_config(cls, config: str, options: Options) -> Self:
         """The text is the path.
 
-        `-o snapshot=NAME` serves an internal snapshot, `-o backing-root=DIR` says where backing files may be.
+        `-o snapshot=NAME` serves an internal snapshot, read-only. `-o backing-root=DIR` says where backing files may
+        be. `-o compression=on` writes compressed clusters, and `off` plain ones; `-o level=N` says how hard it tries.
         """
-        _check_path(config)
+        cls._check_path(config)
         if options.create:
-            raise ValueError(f"make the image first: tcmu-rs create qcow2:{config} --size SIZE")
+            raise ValueError(f"make the image first: tcmu-rs create {cls._name}:{config} --size SIZE")
         extra = dict(options.extra)
         handler = cls(
             config,
+            compress=_switch(extra, "compression", cls._compresses),
+            level=_number(extra, "level"),
             snapshot=extra.pop("snapshot", None),
             backing_root=extra.pop("backing-root", None),
             read_only=options.read_only,
             block_size=options.block_size or 512,
             size=options.size,
         )
-        if extra:
-            raise ValueError(f"qcow2 knows no option {', '.join(extra)}; it knows snapshot and backing-root")
+        cls._check_options(extra, "snapshot, backing-root, compression and level")
         return handler
 
     @classmethod
     async def create(cls, config: str, options: Options) -> None:
-        """Makes an empty image."""
-        _check_path(config)
-        await trio.to_thread.run_sync(lambda: tools.create(config, options.size))
+        """Makes an empty image.
+
+        Options are `cluster-size`, `refcount-bits`, `backing=NAME` and `backing-format=qcow2|raw`; the size is that of
+        the backing file if none is given.
+        """
+        cls._check_path(config)
+        extra = dict(options.extra)
+        make = functools.partial(
+            tools.create,
+            config,
+            options.size,
+            cluster_size=_size(extra, "cluster-size") or cls._cluster_size,
+            refcount_bits=_number(extra, "refcount-bits") or 16,
+            backing=extra.pop("backing", None),
+            backing_format=extra.pop("backing-format", None),
+        )
+        cls._check_options(extra, "cluster-size, refcount-bits, backing and backing-format")
+        await trio.to_thread.run_sync(make)
+
+    @classmethod
+    def _check_path(cls, config: str) -> None:
+        if not config:
+            raise ValueError(f"{cls._name} needs a path: {cls._name}:/var/tmp/disk.qcow2")
+
+    @classmethod
+    def _check_options(cls, extra: dict[str, str], known: str) -> None:
+        if extra:
+            raise ValueError(f"{cls._name} knows no option {', '.join(extra)}; it knows {known}")
 
     async def open(self) -> None:
         """Opens the image and what is below it."""
@@ -111,20 +152,38 @@ class Qcow2Handler(BlockHandler):
                 storage=self._storage,
             )
         )
+        writer = None
         try:
             if self._wanted_size not in (None, image.size):
                 raise ValueError(f"{self.path} has {image.size} bytes, not the {self._wanted_size} that were asked for")
             image.block_size = self.block_size
-            self.size = image.size
+            image.codec.level = self._level or 1
+            if not self.read_only:
+                writer = Writer(image, compress=self._compress, chain=image.chain, **self._writing)
+                if image.chain is not None:
+                    await writer.recover()
         except BaseException:
             image.close()
             raise
-        self._image = image
+        self.size = image.size
+        self.physical_block_size = max(self.block_size, min(4096, image.header.cluster_size))
+        self.discard_granularity = image.header.cluster_size
+        self._image, self._writer = image, writer
 
     async def aclose(self) -> None:
-        """Closes all files."""
+        """Writes everything back, takes the log out of the image, and closes all files.
+
+        Raises:
+            OSError: Not everything could be made durable. The log stays, and is replayed at the next open.
+        """
         image, self._image = self._image, None
-        if image is not None:
+        writer, self._writer = self._writer, None
+        if image is None:
+            return
+        try:
+            if writer is not None:
+                await writer.close()
+        finally:
             image.close()
 
     async def read(self, offset: int, iov: IoVec) -> None:
@@ -138,6 +197,28 @@ class Qcow2Handler(BlockHandler):
             except Cold as cold:
                 await trio.to_thread.run_sync(cold.warm)
         image.read(offset, iov, wait=True)
+
+    async def write(self, offset: int, iov: IoVec) -> None:
+        """Stores in memory, or in place; durable after the next flush."""
+        await self._writing_to().write(offset, iov)
+
+    async def flush(self) -> None:
+        """Makes durable what was written."""
+        if self._writer is not None:
+            await self._writer.flush()
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Makes zeroes of it, and frees the clusters that are in it."""
+        await self._writing_to().write_zeroes(offset, length)
+
+    async def write_zeroes(self, offset: int, length: int) -> None:
+        """The same."""
+        await self._writing_to().write_zeroes(offset, length)
+
+    def _writing_to(self) -> Writer:
+        if self._writer is None:
+            raise WriteProtected(f"{self.path} is open read-only")
+        return self._writer
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, ExtentState]]:
         """What has storage in this image; what is below it has not."""
@@ -154,7 +235,36 @@ class Qcow2Handler(BlockHandler):
 class ZstdHandler(Qcow2Handler):
     """Serves an image whose clusters are written compressed with zstd."""
 
+    _name = "zstd"
+    _compresses = True
+    _cluster_size = 8 << 10
 
-def _check_path(config: str) -> None:
-    if not config:
-        raise ValueError("qcow2 needs a path: qcow2:/var/tmp/disk.qcow2")
+    def __init__(self, path: str | os.PathLike[str], *, compress: bool = True, **arguments: Any) -> None:
+        super().__init__(path, compress=compress, **arguments)
+
+
+def _switch(extra: dict[str, str], name: str, default: bool) -> bool:
+    text = extra.pop(name, None)
+    if text not in (None, "on", "off"):
+        raise ValueError(f"{name} is {text!r}; it is on or off")
+    return default if text is None else text == "on"
+
+
+def _number(extra: dict[str, str], name: str) -> int | None:
+    text = extra.pop(name, None)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{name} is {text!r}; it is a number")
+    return int(text)
+
+
+def _size(extra: dict[str, str], name: str) -> int | None:
+    """A number of bytes, or of K or M."""
+    text = extra.pop(name, None)
+    if text is None:
+        return None
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in ("K", "M") else (text, "")
+    if not (digits.isascii() and digits.isdigit()):
+        raise ValueError(f"{name} is {text!r}; it is a number of bytes, or as in 64K or 2M")
+    return int(digits) << {"": 0, "K": 10, "M": 20}[unit]

@@ -93,3 +93,18 @@ class Refcounts:
             raise OverflowError(f"cluster {cluster} would have {value} users, the image can count {self.max}")
         self.set(cluster, value)
         return value
+
+    def last_used(self, start: int) -> int:
+        """The last host cluster with users, from `start` on; -1 if there is none. Waits."""
+        entries = self._header.refcount_clusters << (self._cluster_bits - 3)
+        for index in range(entries - 1, (start >> self.block_bits) - 1, -1):
+            offset = self.block(index)
+            if not offset:
+                continue
+            content = self._pages.read(offset, 1 << self._cluster_bits).rstrip(b"\0")
+            if content:
+                last = (index << self.block_bits) + ((len(content) * 8 - 1) >> self._order)
+                while not self.get(last):
+                    last -= 1
+                return last if last >= start else -1
+        return -1

@@ -2,6 +2,7 @@
 
 from ._attach import AttachedDevice, attach, serve
 from ._copy import Progress, copy
+from ._domain import CopyDomain
 from ._errors import (
     Busy,
     CopyError,
@@ -20,7 +21,8 @@ from ._errors import (
 )
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
 from ._layers import Lower
-from ._native import Command, IoVec, __version__, debug_build
+from ._native import AesXts, Command, IoVec, Transfer, __version__, debug_build, fallocate, fdatasync
+from ._registry import handler_below
 from ._runtime import Device
 
 if debug_build:
@@ -29,10 +31,12 @@ if debug_build:
     warnings.warn("tcmu_rs._native is a debug build: many times slower than a release build", stacklevel=2)
 
 __all__ = [
+    "AesXts",
     "AttachedDevice",
     "BlockHandler",
     "Busy",
     "Command",
+    "CopyDomain",
     "CopyError",
     "Device",
     "DeviceError",
@@ -53,10 +57,14 @@ __all__ = [
     "Progress",
     "RingCorruptError",
     "ScsiError",
+    "Transfer",
     "WriteProtected",
     "__version__",
     "attach",
     "blocking",
     "copy",
+    "fallocate",
+    "fdatasync",
+    "handler_below",
     "serve",
 ]

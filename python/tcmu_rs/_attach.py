@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -16,9 +15,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import trio
 
 from . import _adoption, _control, _lio, _sysfs
+from ._domain import CopyDomain
 from ._handler import Handler, check
 from ._registry import parse_spec
-from ._runtime import serve_uio, verbs
+from ._runtime import GRACE, serve_uio, verbs
+from ._slot import Slot
 
 if TYPE_CHECKING:
     from ._runtime import Device
@@ -70,6 +71,13 @@ class AttachedDevice:
         """What an upgrade hands over, by `HBA/NAME`; nothing is added to it within the block."""
         yield {f"{self.hba}/{self.name}": self._server} if self._server else {}
 
+    async def replace(self, handler: Handler, *, within: float = GRACE) -> None:
+        """Has another handler serve the device, which stays in service: see `Device.replace`."""
+        if self._server is None:
+            raise RuntimeError(f"device {self.name} is not served yet")
+        await self._server.replace(handler, within=within)
+        self.handler = handler
+
     def hurry(self) -> None:
         """Ends the grace period of the detaching, that in progress or the coming one."""
         self._hurry.set()
@@ -91,6 +99,7 @@ async def attach(
     max_sectors: int | None = None,
     data_area_mb: int | None = None,
     cmd_time_out: int | None = None,
+    copy_domain: CopyDomain | None = None,
     adopt: bool = False,
     leave_on_error: bool = False,
     strict: bool = False,
@@ -118,6 +127,7 @@ async def attach(
         max_sectors: Largest transfer that initiators are told, in blocks.
         data_area_mb: Memory that commands in flight may fill, MiB.
         cmd_time_out: Seconds after which the kernel fails a command that was not answered; 0 means never.
+        copy_domain: The disks that initiators may copy from and to, beside this one itself.
         adopt: Go on with the device of this name (without a name: of this spec) if a killed process has left one, and
             make one otherwise. Its initiators notice a pause: what was in flight goes back to them as BUSY, and they
             send it again. Name, spec, size, block size, serial number and fabric must be the same, and the handler
@@ -161,7 +171,7 @@ async def attach(
         inherited = _succession.take(key)
         assert inherited is not None
         claiming = partial(shape.inherit, key, inherited.fd)
-    async with _claimed(claiming) as claim, _opened(handler, grace):
+    async with _claimed(claiming) as claim, _opened(handler, grace) as slot:
         check(handler)
         backstore = await _blocking(shape.verify, claim.backstore, handler) if claim else None
         if backstore is None:
@@ -175,7 +185,9 @@ async def attach(
                     "mount -t devtmpfs none /dev, or run outside the container",
                 )
             device = AttachedDevice(handler, backstore, uio, fabric)
-            service = _Service(device, backstore, claim, inherited, strict=strict, grace=grace)
+            service = _Service(
+                device, slot, backstore, claim, inherited, strict=strict, grace=grace, copy_domain=copy_domain
+            )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(service.run_server, nursery)
                 try:
@@ -211,6 +223,7 @@ async def serve(
     *,
     spec: str | None = None,
     wwn: str | None = None,
+    copy_domain: CopyDomain | None = None,
     strict: bool = False,
     task_status: trio.TaskStatus[AttachedDevice] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -221,6 +234,7 @@ async def serve(
         name: Name of the backstore.
         spec: As for `attach`.
         wwn: As for `attach`.
+        copy_domain: As for `attach`.
         strict: Let a bug in the handler end the device instead of one command.
         task_status: Gets the device when commands flow.
 
@@ -230,7 +244,9 @@ async def serve(
     Raises:
         LioError: The kernel could not be set up; the text says what to do.
     """
-    async with attach(handler, name, spec=spec, fabric="none", wwn=wwn, strict=strict) as device:
+    async with attach(
+        handler, name, spec=spec, fabric="none", wwn=wwn, copy_domain=copy_domain, strict=strict
+    ) as device:
         task_status.started(device)
         await trio.sleep_forever()
 
@@ -247,21 +263,25 @@ class _Service:
     def __init__(
         self,
         device: AttachedDevice,
+        slot: Slot,
         backstore: _lio.Backstore,
         claim: _adoption.Claim | None,
         inherited: Inherited | None,
         *,
         strict: bool,
         grace: float,
+        copy_domain: CopyDomain | None,
     ) -> None:
         self.leaves = claim is not None
         self.failed = False
         self._device = device
+        self._slot = slot
         self._backstore = backstore
         self._claim = claim
         self._inherited = inherited
         self._strict = strict
         self._grace = grace
+        self._copy_domain = copy_domain
         self._server_scope = trio.CancelScope(shield=True)
         self._control_scope = trio.CancelScope()
         self._started = trio.Event()
@@ -275,7 +295,7 @@ class _Service:
         try:
             with self._server_scope:
                 await serve_uio(
-                    self._device.handler,
+                    self._slot,
                     self._device.uio,
                     name=self._device.name,
                     wwn=self._device.wwn,
@@ -283,6 +303,7 @@ class _Service:
                     inherited=self._inherited,
                     strict=self._strict,
                     grace=self._grace,
+                    copy_domain=self._copy_domain,
                     # Not through `Nursery.start`: cancelled meanwhile, it would wait for this shielded task
                     # for ever.
                     task_status=self,
@@ -460,16 +481,18 @@ async def _claimed(
 
 
 @asynccontextmanager
-async def _opened(handler: Handler, grace: float) -> AsyncIterator[None]:
-    """Opens and closes a handler; what it has to store when it closes is not lost to a cancellation."""
-    await handler.__aenter__()
+async def _opened(handler: Handler, grace: float) -> AsyncIterator[Slot]:
+    """Opens a handler, and closes what is in its place in the end; what has to be stored then is not lost to a
+    cancellation."""
+    await handler.open()
+    slot = Slot(handler)
     try:
-        yield
+        yield slot
     finally:
         with trio.move_on_after(grace, shield=True) as patience:
-            await handler.__aexit__(*sys.exc_info())
+            await slot.aclose()
         if patience.cancelled_caught:
-            _log.error("%s: closing took longer than %g s and was given up", _class_name(handler), grace)
+            _log.error("%s: closing took longer than %g s and was given up", _class_name(slot.handler), grace)
 
 
 async def _blocking(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:

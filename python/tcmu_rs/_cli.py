@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -163,6 +164,7 @@ def _options(
         read_only=read_only,
         block_size=int(block_size) if block_size else None,
         extra=dict(extra),
+        interactive=True,
     )
 
 
@@ -268,8 +270,9 @@ def attach(
 @main.command()
 @click.argument("names", nargs=-1, metavar="[HANDLER]...")
 @click.option("--replies", is_flag=True, help="Let the kernel wait for us when devices are made: see below.")
+@click.option("--copies", is_flag=True, help="Let initiators copy between the devices.")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
-def daemon(names: Sequence[str], replies: bool, supervise: bool) -> None:
+def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool) -> None:
     """Serve the devices that targetcli and other programs make.
 
     Serves every user-backed device whose configuration begins with one of the HANDLERs (all that are installed, if
@@ -277,9 +280,15 @@ def daemon(names: Sequence[str], replies: bool, supervise: bool) -> None:
     left alone. When the daemon ends, its devices stay and are blocked: initiators are told that they are busy until a
     daemon serves them again.
 
+    Options of a handler stand behind the configuration, each after a semicolon: /var/tmp/x.luks;key-file=/etc/x.key.
+    Everybody can read a configuration, so there is no option that takes a passphrase itself.
+
     With --replies the kernel waits for an answer when a device is made, so that one whose storage cannot be opened is
     refused at once. The switch holds for the whole machine, and outlives the daemon: while it is on, whoever makes a
     device that no daemon serves waits for ever.
+
+    With --copies initiators may copy between the devices (EXTENDED COPY). Whoever can write to one of them can then
+    read and write all others, too.
 
     \b
     Examples:
@@ -288,6 +297,7 @@ def daemon(names: Sequence[str], replies: bool, supervise: bool) -> None:
       targetcli /backstores/user:file create disk1 10G /var/tmp/disk.img
     """
     from . import _daemon, _serving, _supervise
+    from ._domain import CopyDomain
 
     handlers = {name: _registry.load(name) for name in names} if names else _installed()
     leash = _supervise.Leash.inherited()
@@ -300,8 +310,10 @@ def daemon(names: Sequence[str], replies: bool, supervise: bool) -> None:
         if leash is None or leash.first:
             print(f"serving devices of {', '.join(handlers)}", flush=True)
 
+    copy_domain = CopyDomain() if copies else None
+
     def serving(succession: Any) -> Any:
-        return _daemon.serving(handlers, replies=replies, _succession=succession)
+        return _daemon.serving(handlers, replies=replies, copy_domain=copy_domain, _succession=succession)
 
     trio.run(_serving.serve_until_signal, serving, announce, leash)
 
@@ -411,6 +423,50 @@ def list_(as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def stats(name: str, as_json: bool) -> None:
+    """Say what the device NAME has done, how long it took, and what it waits for.
+
+    Times are split: ring wait, from when its process saw a command in the ring; dispatch, until the handler is called;
+    the handler; completion, until the kernel is told. The kernel does not say when it queued a command. A command that
+    takes longer than a second is listed with the line of code at which it waits.
+
+    \b
+    Examples:
+      tcmu-rs stats disk
+      tcmu-rs stats disk --json
+    """
+    from . import _top
+
+    record = _top.statistics(name)
+    if as_json:
+        print(json.dumps(record, indent=2))
+    else:
+        for line in _top.describe(record):
+            print(line)
+
+
+@main.command()
+@click.option("--interval", default=1.0, show_default=True, metavar="SECONDS", help="Time between two looks.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Look so many times, then end.  [default: until Ctrl-C]")
+def top(interval: float, rounds: int | None) -> None:
+    """Watch what the devices of this machine do.
+
+    Below the table are the commands that take longer than a second, and what they wait for.
+
+    \b
+    Examples:
+      tcmu-rs top
+      tcmu-rs top --interval 5
+    """
+    from . import _top
+
+    with suppress(KeyboardInterrupt):
+        trio.run(_top.top, interval, rounds)
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def handlers(as_json: bool) -> None:
     """List the handlers that installed packages offer.
@@ -483,10 +539,7 @@ def create(
 
 
 async def _create(handler_class: Any, config: str, options: Any) -> None:
-    handler = await handler_class.create(config, options)
-    if handler is not None:
-        # It was never opened; but it may hold what has to be forgotten.
-        await handler.aclose()
+    await handler_class.create(config, options)
 
 
 @main.command()

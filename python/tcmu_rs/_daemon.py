@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from . import _adoption, _control, _lio, _sysfs
+from ._domain import CopyDomain
 from ._errors import DeviceError
 from ._handler import Handler, Options, check
 from ._netlink import DeviceEvents, Rescan
 from ._runtime import GRACE, serve_uio, verbs
+from ._slot import Slot
 from ._upgrade import UpgradeError
 
 if TYPE_CHECKING:
@@ -63,12 +65,14 @@ class Daemon:
         handlers: Mapping[str, type[Handler]],
         events: DeviceEvents,
         grace: float,
-        succession: Succession | None = None,
+        copy_domain: CopyDomain | None,
+        succession: Succession | None,
     ) -> None:
         self._handlers = handlers
         self._events = events
         self._grace = grace
         self._succession = succession
+        self._copy_domain = copy_domain
         self._services: dict[_Key, _Service] = {}
         self._quiet = trio.Lock()
 
@@ -198,19 +202,20 @@ class Daemon:
         uio = service.uio
         try:
             size, block_size = await trio.to_thread.run_sync(_shape, backstore)
-            config = _lio.decode_config(uio.config.partition("/")[2])
-            handler = kind.from_config(config, Options(size=size, block_size=block_size))
+            config, extra = _lio.parse_config(uio.config.partition("/")[2])
+            handler = kind.from_config(config, Options(size=size, block_size=block_size, extra=extra))
             if service.claim and service.claim.was_served and not handler.persistent:
                 raise _lio.LioError(
                     f"what {uio.config} stored has gone with the process that served it",
                     f"remove the device, for instance: tcmu-rs detach {uio.name}",
                 )
-            await handler.__aenter__()
+            await handler.open()
         except BaseException as error:
             # The program that makes the device gets the error number, and the device is gone.
             if event is not None:
                 self._events.reply(event, -((error.errno if isinstance(error, OSError) else 0) or errno.EINVAL))
             raise
+        slot = Slot(handler)
         try:
             try:
                 check(handler)
@@ -227,18 +232,18 @@ class Daemon:
                 self._events.reply(event)
                 await self._claim(service, backstore, stack)
             async with trio.open_nursery() as nursery:
-                service.device = await nursery.start(self._serve_ring, handler, service, backstore)
+                service.device = await nursery.start(self._serve_ring, slot, service, backstore)
                 _log.info("%s: serving %s", uio.name, uio.config)
         finally:
             service.device = None
             with trio.move_on_after(self._grace, shield=True):
-                await handler.aclose()
+                await slot.aclose()
 
     async def _serve_ring(
-        self, handler: Handler, service: _Service, backstore: _lio.Backstore, task_status: trio.TaskStatus[Device]
+        self, slot: Slot, service: _Service, backstore: _lio.Backstore, task_status: trio.TaskStatus[Device]
     ) -> None:
         await serve_uio(
-            handler,
+            slot,
             service.uio,
             name=service.uio.name,
             wwn=await _serial(backstore),
@@ -246,6 +251,7 @@ class Daemon:
             inherited=service.inherited,
             before_stop=service.block,
             grace=self._grace,
+            copy_domain=self._copy_domain,
             task_status=task_status,
         )
 
@@ -289,6 +295,7 @@ async def serve_all(
     replies: bool = False,
     grace: float = GRACE,
     _succession: Succession | None = None,
+    copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves every device of this machine whose handler is among `handlers`, those to come too.
@@ -299,6 +306,7 @@ async def serve_all(
             cannot be opened is refused where it is made. This is a switch of the whole machine and stays on: devices
             of handlers that nobody serves then hang whoever makes them.
         grace: Seconds for commands in flight when a device stops.
+        copy_domain: Lets initiators copy between all the devices.
         task_status: Gets the `Daemon` when the present devices have been looked at.
 
     Resource handling: a device whose server stops is left to its LUNs, and blocked: initiators are told that it is
@@ -314,7 +322,7 @@ async def serve_all(
         if replies:
             events.set_features(True)
         _log.debug("process %d serves %s", os.getpid(), ", ".join(handlers))
-        await Daemon(handlers, events, grace, _succession)._run(task_status)
+        await Daemon(handlers, events, grace, copy_domain, _succession)._run(task_status)
 
 
 @asynccontextmanager
@@ -323,11 +331,13 @@ async def serving(
     *,
     replies: bool = False,
     grace: float = GRACE,
+    copy_domain: CopyDomain | None = None,
     _succession: Succession | None = None,
 ) -> AsyncIterator[Daemon]:
     """`serve_all` for the length of an `async with` block."""
+    serve = functools.partial(
+        serve_all, handlers, replies=replies, grace=grace, copy_domain=copy_domain, _succession=_succession
+    )
     async with trio.open_nursery() as nursery:
-        yield await nursery.start(
-            functools.partial(serve_all, handlers, replies=replies, grace=grace, _succession=_succession)
-        )
+        yield await nursery.start(serve)
         nursery.cancel_scope.cancel()

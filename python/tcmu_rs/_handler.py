@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 API_VERSION = 1
+_LOWER = "lower."
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -28,6 +29,7 @@ class Options:
         read_only: Refuse every change.
         block_size: Bytes of a logical block, or None for the handler's own.
         extra: Options that only this handler knows (`-o KEY=VALUE`).
+        interactive: A person may be asked, and passes descriptors: it is a command, and no daemon.
     """
 
     size: int | None = None
@@ -35,6 +37,29 @@ class Options:
     read_only: bool = False
     block_size: int | None = None
     extra: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    interactive: bool = False
+
+    def split(self) -> tuple[dict[str, str], Options]:
+        """Tells the options of a layer from those of the handler below it, `-o lower.KEY=VALUE`.
+
+        Returns:
+            The layer's own part of `extra`, to take options out of; and what the handler below gets: the others as
+            `KEY=VALUE`, no size, and a block size only as `-o lower.block-size=BYTES`.
+
+        Raises:
+            ValueError: That is no number.
+        """
+        own = {key: value for key, value in self.extra.items() if not key.startswith(_LOWER)}
+        lower = {key.removeprefix(_LOWER): value for key, value in self.extra.items() if key.startswith(_LOWER)}
+        block_size = lower.pop("block-size", None)
+        if block_size is not None and not (block_size.isascii() and block_size.isdigit()):
+            raise ValueError(f"{_LOWER}block-size is {block_size!r}; it is a number of bytes")
+        return own, Options(
+            read_only=self.read_only,
+            block_size=None if block_size is None else int(block_size),
+            extra=lower,
+            interactive=self.interactive,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +70,7 @@ class Identity:
         vendor: At most 8 printable ASCII characters.
         product: At most 16.
         revision: At most 4.
-        serial: Unit serial number, at most 252; None for one derived from the device's WWN.
+        serial: Unit serial number, at most 128; None for one derived from the device's WWN.
     """
 
     vendor: str = "tcmu-rs"
@@ -108,9 +133,9 @@ class Handler:
         Of storage that is new every byte reads as one that was discarded.
 
         Returns:
-            A handler of what was made, to be opened or only closed by the caller; or None, and then `from_config` with
-            the same text and options has to do. Return one where `from_config` would not take the options, or would ask
-            for a secret again.
+            A handler of what was made, not open, which may be opened more than once; or None, and then `from_config`
+            with the same text and options has to do. Return one where `from_config` would not take the options, or
+            would ask for a secret again.
         """
         raise ValueError(f"{cls.__name__} has no storage to create")
 
@@ -166,6 +191,10 @@ class BlockHandler(Handler):
         emulation.
 
     Offsets and lengths are multiples of `block_size`, inside the disk and never empty; the caller has checked.
+
+    A handler that ends in a file moves data with `await iov.read_from(fd, offset)` and `await iov.write_to(fd, offset,
+    fua=fua)`: without suspending if the page cache can, and with no thread where io_uring is allowed.
+    `tcmu_rs.fdatasync(fd)` and `fallocate(fd, mode, offset, length)` do the same for `flush` and `discard`.
 
     Each method is one of three colours: `async def` runs in the event loop and may wait; `def` runs in the event
     loop and must not block; `@tcmu_rs.blocking def` runs in a thread. The order among commands in flight is nobody's

@@ -144,12 +144,12 @@ class Exposure:
 def encode_config(config: str) -> str:
     """Escapes what the kernel's `control` file or rtslib cannot carry.
 
-    `%`, `:`, `,`, white space and characters that do not print become `%XX` of their bytes in the file
-    system's encoding, as in a URL. All else stays as it is, so most configs are unchanged.
+    `%`, `:`, `,`, `;` (see `parse_config`), white space and characters that do not print become `%XX` of their bytes
+    in the file system's encoding, as in a URL. All else stays as it is, so most configs are unchanged.
     """
     return "".join(
         "".join(f"%{byte:02X}" for byte in os.fsencode(char))
-        if char in "%:," or char.isspace() or not char.isprintable()
+        if char in "%:,;" or char.isspace() or not char.isprintable()
         else char
         for char in config
     )
@@ -158,6 +158,25 @@ def encode_config(config: str) -> str:
 def decode_config(text: str) -> str:
     """Reverses `encode_config`. Text that nobody encoded mostly comes back unchanged."""
     return os.fsdecode(unquote_to_bytes(os.fsencode(text)))
+
+
+def parse_config(text: str) -> tuple[str, dict[str, str]]:
+    """Reads what a device made by other programs has behind `HANDLER/`: a config, and options, `;KEY=VALUE` each.
+
+    Raises:
+        InvalidRequestError: An option is none, or is there twice.
+    """
+    config, *options = map(decode_config, text.split(";"))
+    extra: dict[str, str] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not key or not equals or key in extra:
+            raise InvalidRequestError(
+                f"{option!r} in the configuration {text!r} is no option, or is there twice",
+                "write HANDLER/CONFIG;KEY=VALUE;KEY=VALUE, and %3B for a semicolon in a path",
+            )
+        extra[key] = value
+    return config, extra
 
 
 def check_name(name: str) -> None:

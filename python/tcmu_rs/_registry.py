@@ -8,6 +8,7 @@ broken package costs only its own handler.
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -105,6 +106,28 @@ def load(name: str) -> type[Any]:
     if text := conflict(known[name]):
         raise RegistryError(text)
     return known[name][0].load()
+
+
+def handler_below(config: str) -> tuple[type[Any], str]:
+    """Finds what a layer sits on: the text behind the layer's own name and colon.
+
+    What begins with the name of an installed handler and a colon is the specification of that handler, so
+    `luks:qcow2:/var/tmp/disk` is a `luks` on a `qcow2`. All else is the path of a file, for the handler `file`; a path
+    that begins so is written with `./` before it.
+
+    Returns:
+        The class, and its configuration: for its `from_config`, `create` and `remove`.
+
+    Raises:
+        ValueError: It can be read both ways, as there is such a file.
+        RegistryError: The handler cannot be had.
+    """
+    name, colon, rest = config.partition(":")
+    if not colon or name not in providers():
+        return load("file"), config
+    if os.path.lexists(config):
+        raise ValueError(f"{config!r} is a file, and could be the handler {name!r}: write ./{config} for the file")
+    return load(name), rest
 
 
 def load_class(where: str) -> type[Any]:

@@ -23,12 +23,14 @@ import types
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
-from . import _errors, _native, _statistics, _watchdog, _where
+from . import _errors, _files, _native, _statistics, _watchdog, _where
+from ._domain import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
+from ._slot import Face, Slot
 
 if TYPE_CHECKING:
     from . import _control
@@ -114,7 +116,7 @@ class Device:
 
     def __init__(
         self,
-        handler: Handler,
+        slot: Slot,
         ring: _native.Ring,
         name: str,
         *,
@@ -123,9 +125,18 @@ class Device:
         deadline: float,
         free_kept: Callable[[int], None] | None,
         before_stop: Callable[[], None] | None,
+        naa: bytes,
+        copy_domain: CopyDomain | None,
     ) -> None:
         self.name = name
-        self.handler = handler
+        self._slot = slot
+        self.handler = handler = slot.handler
+        self._face = Face.of(handler)
+        self._exchange = trio.Lock()
+        self._parked: deque[_native.Command] | None = None
+        self._unparked = trio.Event()
+        self._unparked.set()
+        self._quiet: trio.Event | None = None
         self.size = handler.size
         self.block_size = handler.block_size
         self._ring = ring
@@ -133,6 +144,10 @@ class Device:
         self._grace = grace
         self._free_kept = free_kept
         self._before_stop = before_stop
+        self._naa = naa
+        self._copy_domain = copy_domain
+        self._copies = 0
+        self._waiting_pieces: dict[int, Piece] = {}
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._max_in_flight = handler.max_in_flight
         self._calls: dict[int | None, _Call] = self._find_calls()
@@ -204,13 +219,18 @@ class Device:
             within: Seconds that the commands may take.
 
         Raises:
-            trio.TooSlowError: One takes longer. The device goes on.
+            TooSlowError: One takes longer. The device goes on.
+            BusyResourceError: Its handler is just being replaced. The device goes on.
         """
+        try:
+            self._exchange.acquire_nowait()
+        except trio.WouldBlock:
+            raise trio.BusyResourceError(f"{self.name}: its handler is just being replaced") from None
         self._resumed = trio.Event()
         try:
             with trio.fail_after(within):
                 # Some ends of commands wake nobody up, and this is rare.
-                while self._running or self._pending or self._dirty or self._ring.quiescent_at() is None:  # noqa: ASYNC110
+                while self._is_working():  # noqa: ASYNC110
                     await trio.sleep(0.002)
         except trio.TooSlowError:
             self.resume()
@@ -220,16 +240,118 @@ class Device:
             raise
 
     def resume(self) -> None:
-        """Takes commands again; nothing if it does."""
+        """Takes commands again, after `pause` in the same task; nothing if it does."""
         if self._resumed is not None:
             self._resumed.set()
             self._resumed = None
+            self._exchange.release()
+
+    def _is_working(self) -> bool:
+        waiting = self._pending or self._waiting_pieces or self._dirty
+        return bool(self._running or self._copies or waiting or self._ring.quiescent_at() is None)
 
     def estate(self) -> dict[str, Any]:
         """What another process needs to go on with the ring of a paused device, beside the descriptor."""
         self._free_released()
         unit = self._ring.unit_state()
         return {"position": self._ring.quiescent_at(), "unit": unit, "kept": self._ring.kept()}
+
+    # Another handler.
+
+    async def replace(self, handler: Handler, *, within: float = GRACE) -> None:
+        """Has another handler serve the device, which stays in service meanwhile.
+
+        Commands that have begun end with the present handler; those that come wait. Then the present handler is flushed
+        and closed, and the new one opened; both may be of the same storage. Initiators notice a pause.
+
+        Args:
+            handler: The new one, not open yet. Closing it is the device's from now on, as it was with the one before.
+            within: Seconds for what has begun to end, and as many for the new handler to open.
+
+        Error handling: whatever goes wrong, the present handler goes on, opened again if it was closed. If that fails,
+        too, the device ends with the error.
+
+        Raises:
+            TooSlowError: Commands did not end in time, or the new handler did not open in time.
+            TypeError: The new handler cannot be served here.
+            ValueError: It differs from what initiators were told of the disk: see `_slot.Face`. It may do more, which
+                they are told when the device is made anew.
+            BusyResourceError: Another replacement is under way.
+            DeviceError: The device ended meanwhile.
+            Exception: What opening the new handler raised.
+        """
+        if handler is self.handler:
+            raise ValueError("a handler cannot replace itself")
+        try:
+            self._exchange.acquire_nowait()
+        except trio.WouldBlock:
+            raise trio.BusyResourceError(f"{self.name}: another replacement is under way") from None
+        self._parked = deque()
+        self._unparked = trio.Event()
+        try:
+            with trio.fail_after(within):
+                await self._quiesce()
+                if has(self.handler, "flush"):
+                    await self._flush()
+            try:
+                await self._slot.exchange(handler, self._face, within)
+            except RuntimeError as error:
+                self._fail(error)
+                raise
+        finally:
+            self._resume_with(self._slot.handler)
+            self._exchange.release()
+
+    async def _quiesce(self) -> None:
+        """Waits until all that has begun is over."""
+        # Whoever waits for the ring takes commands as before otherwise: this one looks again.
+        self._start_sweep()
+        while not self._is_quiet():
+            self._quiet = trio.Event()
+            self._nudge()
+            await self._quiet.wait()
+        self._quiet = None
+
+    def _is_quiet(self) -> bool:
+        if self._stopping:
+            raise _errors.DeviceError(f"{self.name} ended")
+        if self._running or self._copies or self._pending or self._waiting_pieces:
+            return False
+        self._commit()
+        return not self._pending and self._ring.in_flight == len(self._parked or ())
+
+    async def _flush(self) -> None:
+        method: Callable[..., Any] = self.handler.flush  # type: ignore[attr-defined]
+        if colour_of(method) is Colour.BLOCKING:
+            await trio.to_thread.run_sync(method, limiter=self._limiter)
+        elif (result := method()) is not None:
+            await result
+
+    def _resume_with(self, handler: Handler) -> None:
+        """Begins the commands that came meanwhile, with the handler that is there now."""
+        parked, self._parked, self._quiet = self._parked or (), None, None
+        self._unparked.set()
+        if handler is not self.handler:
+            self.handler = handler
+            self._max_in_flight = handler.max_in_flight
+            self._limiter = trio.CapacityLimiter(handler.max_in_flight)
+            self._calls = self._find_calls()
+            intercept = has(handler, "scsi_command")
+            self._ring.serve_another(intercept=intercept, fills_reads=getattr(handler, "fills_reads", False))
+        whole = None in self._calls
+        # Each is answered, needs the handler, or has to wait for others and comes out of the ring again.
+        with suppress(_errors.DeviceError):
+            self._pending.extend([cmd for cmd in parked if whole or cmd.emulate()])
+        self._dirty = True
+        self._nudge()
+
+    def _fail(self, error: Exception) -> None:
+        async def fail() -> None:
+            self._stopping = True
+            raise error
+
+        if self._nursery is not None:
+            self._nursery.start_soon(fail)
 
     # How each verb is called, decided once.
 
@@ -332,6 +454,8 @@ class Device:
     def _reply_or_emulate(self, cmd: _native.Command, result: Any) -> None:
         if result is NotImplemented:
             cmd.emulate()
+            if cmd.piece is not None:
+                self._start_copy(cmd)
         else:
             self._reply(cmd, result)
 
@@ -393,16 +517,21 @@ class Device:
                 await trio.lowlevel.wait_readable(self._ring.fileno())
             if self._stopping or self._resumed is not None:
                 return
-            batch = self._ring.drain(BATCH)
+            parked = self._parked
+            batch = self._ring.drain(BATCH, parked is not None)
         finally:
             self._pumping = False
         # What the emulation answered is not handed back yet, nor the space of entries that need no answer.
         self._dirty = True
+        if self._waiting_pieces:
+            self._grant()
         for item in batch:
-            if isinstance(item, _native.Command):
+            if isinstance(item, _native.TaskManagement):
+                self._abort(item.commands)
+            elif parked is None or item.verb is not None or item.piece is not None:
                 self._pending.append(item)
             else:
-                self._abort(item.commands)
+                parked.append(item)
 
     async def _park(self) -> None:
         task = trio.lowlevel.current_task()
@@ -426,9 +555,7 @@ class Device:
                 self._hire()
                 break
 
-        if not self._sweeping and self._nursery is not None:
-            self._sweeping = True
-            self._nursery.start_soon(self._sweep)
+        self._start_sweep()
 
     def _hire(self) -> None:
         if self._nursery is not None:
@@ -449,7 +576,10 @@ class Device:
             while True:
                 call = self._calls.get(verb)
                 if call is None:
-                    failure = _INVALID_OPCODE
+                    if verb is None and cmd.piece is not None:
+                        self._start_copy(cmd)
+                    else:
+                        failure = _INVALID_OPCODE
                     break
                 coroutine = call(cmd)
                 if coroutine is not None:
@@ -507,8 +637,8 @@ class Device:
             # The frames of an exception that is raised again may hold views, and do no harm: the device ends.
             if cmd.lent and crash is None:
                 self._keep(cmd, verb)
-            if self._stopping and self._running == 0:
-                self._drained.set()
+            if (self._stopping or self._quiet is not None) and self._running == 0 and not self._copies:
+                self._is_idle()
         if crash is not None:
             try:
                 raise crash
@@ -561,13 +691,102 @@ class Device:
             logger.error("%s: %s raised what it must not\n%s", self.name, what, text)
         return _BUG
 
+    def _is_idle(self) -> None:
+        """Nothing runs: tells whom it concerns."""
+        if self._stopping:
+            self._drained.set()
+        if self._quiet is not None:
+            self._quiet.set()
+
+    # Copies: each a task of its own, which runs no handler. Its pieces are commands of the units that they are for, so
+    # that a handler is called among its own device's workers only, and not after its end.
+
+    def _start_copy(self, cmd: _native.Command) -> None:
+        if self._nursery is None or self._stopping:
+            cmd.fail(*_BUSY)
+            return
+        self._copies += 1
+        scope = trio.CancelScope()
+        self._suspended[cmd.id] = scope, cmd, None, None
+        self._nursery.start_soon(self._copy, cmd, cmd.id, scope, name=f"<tcmu_rs copy of {self.name}>")
+        self._call_workers()
+
+    async def _copy(self, cmd: _native.Command, cmd_id: int, scope: trio.CancelScope) -> None:
+        try:
+            with self._first_device_error(), scope:
+                while (piece := cmd.piece) is not None:
+                    naa, verb = piece
+                    device = self if naa == self._naa else self._neighbour(naa)
+                    if device is not None and device is not self:
+                        await device._unparked.wait()
+                    failure = NOT_REACHABLE if device is None else await device.perform(Piece(cmd, verb))
+                    if failure is not None:
+                        cmd.fail(*failure)
+                    elif not cmd.advance():
+                        break
+        finally:
+            # Nobody can have the id before the answer is handed back, which is after this.
+            del self._suspended[cmd_id]
+            if not cmd.answered:
+                with suppress(_errors.DeviceError):
+                    cmd.fail(*(_TIMED_OUT if cmd in self._timed_out else _ABORTED))
+            self._copies -= 1
+            self._nudge()
+            if (self._stopping or self._quiet is not None) and self._running == 0 and not self._copies:
+                self._is_idle()
+
+    def _neighbour(self, naa: bytes) -> Device | None:
+        return self._copy_domain._find(naa) if self._copy_domain is not None else None
+
+    async def perform(self, piece: Piece) -> _errors.Failure | None:
+        """Runs a piece of a copy among the commands of this device. Returns how it failed, if it did."""
+        if self._stopping:
+            return NOT_REACHABLE
+        token, granted = self._ring.enter(piece.offset, piece.length)
+        try:
+            if granted:
+                self._take(piece)
+            else:
+                self._waiting_pieces[token] = piece
+            try:
+                await piece.done.wait()
+            except trio.Cancelled:
+                if self._waiting_pieces.pop(token, None) is None:
+                    self._abort([piece.id])
+                    # The handler may be at work on it.
+                    with trio.CancelScope(shield=True):
+                        await piece.done.wait()
+                raise
+        finally:
+            self._ring.leave(token)
+            # Others may have waited for it.
+            self._nudge()
+        return piece.failure
+
+    def _take(self, piece: Piece) -> None:
+        self._pending.append(cast("_native.Command", piece))
+        self._nudge()
+
+    def _grant(self) -> None:
+        for token in self._ring.granted():
+            piece = self._waiting_pieces.pop(token, None)
+            if piece is not None:
+                self._take(piece)
+
+    def _nudge(self) -> None:
+        """Has a worker hand back what was answered, and look for commands that waited."""
+        self._dirty = True
+        if self._workers:
+            self._call_workers()
+        # Else the device is at its end, and all that is left is turned away.
+
     def _abort(self, ids: list[int]) -> None:
         for cmd_id in ids:
             if cmd_id in self._suspended:
                 self._suspended[cmd_id][0].cancel()
-        waiting = [cmd for cmd in self._pending if cmd.id in ids and not cmd.answered]
+        waiting = [cmd for cmd in self._waiting() if cmd.id in ids and not cmd.answered]
         for cmd in waiting:
-            self._pending.remove(cmd)
+            (self._pending if cmd in self._pending else self._parked or self._pending).remove(cmd)
             cmd.fail(*_ABORTED)
 
     def _commit(self) -> None:
@@ -575,9 +794,19 @@ class Device:
         if self._ring.commit():
             # Commands that had to wait for others which are answered now.
             self._pending.extend(self._ring.ready())
+            if self._waiting_pieces:
+                self._grant()
             self._call_workers()
 
     # Commands that take too long.
+
+    def _start_sweep(self) -> None:
+        if not self._sweeping and self._nursery is not None:
+            self._sweeping = True
+            self._nursery.start_soon(self._sweep)
+
+    def _waiting(self) -> list[_native.Command]:
+        return [*self._pending, *(self._parked or ())]
 
     async def _sweep(self) -> None:
         """Looks after suspended and waiting commands, as long as there are any; costs the others nothing."""
@@ -586,11 +815,11 @@ class Device:
         told: set[_native.Command] = set()
         interval = min(SWEEP, self._deadline / 4)
         previous = trio.current_time()
-        while self._suspended or self._pending:
+        while self._suspended or self._pending or self._parked is not None:
             await trio.sleep(interval)
             now = trio.current_time()
             suspended = [item for item in self._suspended.values() if not item[1].answered]
-            since = {cmd: since.get(cmd, previous) for cmd in (*(item[1] for item in suspended), *self._pending)}
+            since = {cmd: since.get(cmd, previous) for cmd in (*(item[1] for item in suspended), *self._waiting())}
             told &= since.keys()
             self._timed_out &= since.keys()
             previous = now
@@ -614,7 +843,7 @@ class Device:
                     self._timed_out.add(cmd)
                     scope.cancel()
             self._cancelled &= since.keys()
-            self._turn_away_late([cmd for cmd in self._pending if now - since[cmd] >= self._deadline])
+            self._turn_away_late([cmd for cmd in self._waiting() if now - since[cmd] >= self._deadline])
         self._sweeping = False
 
     def _turn_away_late(self, commands: list[_native.Command]) -> None:
@@ -624,7 +853,7 @@ class Device:
             return
         logger.warning("%s: %d commands had no turn within %g s", self.name, len(late), self._deadline)
         for cmd in late:
-            self._pending.remove(cmd)
+            (self._pending if cmd in self._pending else self._parked or self._pending).remove(cmd)
             cmd.fail(*_BUSY)
         self._commit()
 
@@ -674,7 +903,12 @@ class Device:
             with _watchdog.watching():
                 await self._serve(shield, task_status)
         finally:
-            self._close()
+            # Whoever closes the handler next must not meet an exchange.
+            with trio.CancelScope(shield=True):
+                if self._quiet is not None:
+                    self._quiet.set()
+                async with self._exchange:
+                    self._close()
 
     async def _serve(self, shield: trio.CancelScope, task_status: trio.TaskStatus[Device]) -> None:
         async with trio.open_nursery() as outer:
@@ -699,7 +933,7 @@ class Device:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._before_stop)
             with trio.CancelScope(shield=True, deadline=trio.current_time() + self._grace) as self._winding_down:
-                if self._running:
+                if self._running or self._copies:
                     await self._drained.wait()
         finally:
             shield.cancel()
@@ -707,8 +941,9 @@ class Device:
     def _close(self) -> None:
         """Answers what was not begun, with a status that makes initiators try again, and lets go of the device."""
         try:
-            self._turn_away(self._pending)
+            self._turn_away([*self._pending, *self._waiting_pieces.values()])
             self._pending.clear()
+            self._waiting_pieces.clear()
             for _ in range(LAST_BATCHES):
                 batch = self._ring.drain(BATCH)
                 self._turn_away([item for item in batch if isinstance(item, _native.Command)])
@@ -723,7 +958,7 @@ class Device:
                 trio.lowlevel.notify_closing(self._ring.fileno())
             self._ring.close()
 
-    def _turn_away(self, commands: Iterable[_native.Command]) -> None:
+    def _turn_away(self, commands: Iterable[_native.Command | Piece]) -> None:
         for cmd in commands:
             cmd.fail(*_BUSY)
         # Commands that waited for those come out now, and those that waited for them.
@@ -759,7 +994,7 @@ def unit_for(handler: BlockHandler, *, serial: str, naa: bytes) -> _native.Logic
 
 
 async def serve_ring(
-    handler: Handler,
+    handler: Handler | Slot,
     *,
     memory: int,
     event: int,
@@ -773,12 +1008,13 @@ async def serve_ring(
     free_kept: Callable[[int], None] | None = None,
     before_stop: Callable[[], None] | None = None,
     begin: Callable[[_native.Ring, _native.LogicalUnit | None], Awaitable[None]] | None = None,
+    copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves a handler that is open on a ring that is there: the kernel's or the simulator's.
 
     Args:
-        handler: The open handler. Closing it is the caller's.
+        handler: The open handler, or the slot that holds it. Closing what is there in the end is the caller's.
         memory: Descriptor to map. May be closed when the device has started.
         event: Descriptor of the doorbell, non-blocking. May be closed when the device has started.
         map_size: Bytes to map.
@@ -791,13 +1027,17 @@ async def serve_ring(
         free_kept: Tells the kernel that a kept buffer is free.
         before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
         begin: Called before the first command is taken, for what goes on from another process.
+        copy_domain: The disks that initiators may copy from and to, beside this one itself.
         task_status: Gets the `Device` once commands flow.
 
     Resource handling: the ring is closed when this returns or raises; every command has been answered by then.
 
     Raises:
         DeviceError: The device went away, or its shared memory is corrupt.
+        ValueError: There is a disk of the same name in the copy domain.
     """
+    slot = handler if isinstance(handler, Slot) else Slot(handler)
+    handler = slot.handler
     check(handler)
     unit = unit_for(handler, serial=serial, naa=naa) if isinstance(handler, BlockHandler) else None
     ring = _native.Ring(
@@ -815,7 +1055,7 @@ async def serve_ring(
             ring.close()
             raise
     device = Device(
-        handler,
+        slot,
         ring,
         name,
         strict=strict,
@@ -823,8 +1063,23 @@ async def serve_ring(
         deadline=deadline,
         free_kept=free_kept,
         before_stop=before_stop,
+        naa=naa,
+        copy_domain=copy_domain,
     )
-    await device.run(task_status)
+    if copy_domain is None or unit is None:
+        with _files.USER:
+            await device.run(task_status)
+        return
+    try:
+        copy_domain._join(device, unit)
+    except BaseException:
+        ring.close()
+        raise
+    try:
+        with _files.USER:
+            await device.run(task_status)
+    finally:
+        copy_domain._leave(device, unit)
 
 
 def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
@@ -874,7 +1129,7 @@ def _deadline_of(uio: UioDevice) -> float:
 
 
 async def serve_uio(
-    handler: Handler,
+    handler: Handler | Slot,
     uio: UioDevice,
     *,
     name: str,
@@ -885,12 +1140,13 @@ async def serve_uio(
     grace: float = GRACE,
     deadline: float | None = None,
     before_stop: Callable[[], None] | None = None,
+    copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves an open handler on a device of this machine's kernel.
 
     Args:
-        handler: The open handler. Closing it is the caller's.
+        handler: As for `serve_ring`.
         uio: The device; nobody else may have it open.
         name: For the log.
         wwn: The backstore's unit serial number.
@@ -901,6 +1157,7 @@ async def serve_uio(
         grace: As for `serve_ring`.
         deadline: As for `serve_ring`; None for five sixths of the time after which the kernel gives a command up.
         before_stop: As for `serve_ring`.
+        copy_domain: As for `serve_ring`.
         task_status: As for `serve_ring`.
 
     Raises:
@@ -929,6 +1186,7 @@ async def serve_uio(
                 free_kept=free_kept,
                 before_stop=before_stop,
                 begin=inherited.begin if inherited is not None else None,
+                copy_domain=copy_domain,
                 task_status=task_status,
             )
 

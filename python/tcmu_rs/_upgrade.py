@@ -164,7 +164,7 @@ async def _negotiate(channel: Channel, devices: Mapping[str, Device], process: s
             process.kill()
             await trio.to_thread.run_sync(process.wait)
             await _go_on(paused, closed)
-        if isinstance(error, ControlError | trio.TooSlowError):
+        if isinstance(error, ControlError | trio.TooSlowError | trio.BusyResourceError):
             raise UpgradeError(str(error)) from error
         raise
     with trio.move_on_after(_OPENS_WITHIN), suppress(ControlError):

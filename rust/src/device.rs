@@ -31,7 +31,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use smallvec::SmallVec;
 
 use crate::abi;
-use crate::exclusion::{Exclusion, Hold};
+use crate::exclusion::{Exclusion, Hold, Token};
 use crate::mapping::Mapping;
 use crate::ring::lease::{Closed, Lease};
 use crate::ring::parking::Parking;
@@ -39,7 +39,7 @@ use crate::ring::{Buffer, Cdb, CmdId, Entry, Response, Ring, RingError, TaskMana
 use crate::scsi::LogicalUnit;
 use crate::scsi::opcodes::{Direction, find};
 use crate::scsi::sense::{Sense, SenseFormat};
-use crate::scsi::{DataBuffer, Next, Reply, Status, Step, StepResult, Task, Verb};
+use crate::scsi::{DataBuffer, Next, Reach, Reply, Status, Step, StepResult, Task, Verb};
 use crate::statistics::{Asked, Call, FULL, Statistics, Time, Weight};
 
 /// What ends a device. A command that fails is not among it: that is an answer.
@@ -81,6 +81,15 @@ pub enum Work {
     TaskManagement(TaskManagement),
 }
 
+/// Who waits for a range.
+#[derive(Debug, Clone)]
+enum Waiter {
+    /// A command, with its first step.
+    Command(Arc<Claim>, Step),
+    /// A piece of a copy: see [`Device::enter`].
+    Piece(Token),
+}
+
 /// One device.
 #[derive(Debug)]
 pub struct Device {
@@ -91,7 +100,8 @@ pub struct Device {
     reads_len: bool,
     parking: Parking<Response>,
     kept: Mutex<Vec<u16>>,
-    exclusion: Exclusion<(Arc<Claim>, Step)>,
+    exclusion: Exclusion<Waiter>,
+    granted: Mutex<Vec<Token>>,
     wake: OnceLock<OwnedFd>,
     /// Entries that the last drain had to leave: up to which of [`Ring::seen`], and when it left them.
     left: Mutex<Option<(u64, Time)>>,
@@ -127,6 +137,7 @@ impl Device {
             parking: Parking::default(),
             kept: Mutex::default(),
             exclusion: Exclusion::default(),
+            granted: Mutex::default(),
             wake: OnceLock::new(),
             left: Mutex::default(),
             counters: Counters::default(),
@@ -259,7 +270,13 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Ring`] from the answer to one that cannot begin any more.
     pub fn take_ready(&self) -> Result<Vec<(Arc<Claim>, Step)>, DeviceError> {
-        let mut ready = self.exclusion.take_ready();
+        let mut ready = Vec::new();
+        for waiter in self.exclusion.take_ready() {
+            match waiter {
+                Waiter::Command(claim, step) => ready.push((claim, step)),
+                Waiter::Piece(token) => lock(&self.granted).push(token),
+            }
+        }
         let size = self.unit.as_ref().map_or(u64::MAX, |unit| unit.size());
         let mut outside = Vec::new();
         ready.retain(|(claim, step)| {
@@ -276,11 +293,33 @@ impl Device {
         Ok(ready)
     }
 
+    /// A piece of a copy is to touch `length` bytes from `offset` on, like a READ or WRITE of them. Returns its name for
+    /// [`Device::leave`], and whether it may begin; if not, [`Device::take_granted`] has it when it may, after
+    /// [`Device::take_ready`].
+    pub fn enter(&self, offset: u64, length: u64) -> (Token, bool) {
+        let token = self.exclusion.token();
+        let reach = Reach { first: offset, end: offset.saturating_add(length), exclusive: false };
+        // No command has the id 0.
+        (token, self.exclusion.enter(token, 0, reach, Waiter::Piece(token)).is_some())
+    }
+
+    /// The piece is over, or is given up.
+    pub fn leave(&self, token: Token) {
+        self.exclusion.leave(0, Hold::Queued(token));
+    }
+
+    /// The pieces that had to wait and may begin.
+    pub fn take_granted(&self) -> Vec<Token> {
+        std::mem::take(&mut *lock(&self.granted))
+    }
+
     /// Answers the aborted ones among the commands that wait. One that was answered before is not meant: its id is
     /// another command's.
     fn abort_waiting(&self, tmr: &TaskManagement) -> Result<(), DeviceError> {
-        for (claim, _) in self.exclusion.waiting_with_ids(|id| tmr.commands.contains(&CmdId(id))) {
-            if !claim.is_answered() {
+        for waiter in self.exclusion.waiting_with_ids(|id| tmr.commands.contains(&CmdId(id))) {
+            if let Waiter::Command(claim, _) = waiter
+                && !claim.is_answered()
+            {
                 claim.answer(Reply::status(Status::TaskAborted))?;
             }
         }
@@ -513,6 +552,10 @@ impl Claim {
         let reach = task.reach(&step);
         let mut place = lock(&self.place);
         place.task = Some(task);
+        if step.unit.is_some() {
+            // Each piece enters by itself, where it is for.
+            return Started::Step(step);
+        }
         if let Some(hold) = exclusion.enter_unqueued(self.id.0, &reach) {
             place.hold = hold;
             return Started::Step(step);
@@ -520,9 +563,9 @@ impl Claim {
         let token = exclusion.token();
         // The place stays locked: whoever gives up this command finds it in the queue.
         place.hold = Hold::Queued(token);
-        match exclusion.enter(token, self.id.0, reach, (self.clone(), step)) {
-            Some((_, step)) => Started::Step(step),
-            None => Started::Waiting,
+        match exclusion.enter(token, self.id.0, reach, Waiter::Command(self.clone(), step)) {
+            Some(Waiter::Command(_, step)) => Started::Step(step),
+            _ => Started::Waiting,
         }
     }
 
@@ -643,6 +686,18 @@ impl Claim {
         if self.lease.release() {
             self.device.released(self.id);
         }
+    }
+
+    /// The step has failed with `reply`: answers as the command has it.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`] from the answer.
+    pub fn fail(&self, reply: Reply) -> Result<Answered, DeviceError> {
+        let task = lock(&self.place).task.take();
+        self.answer(match (&self.device.unit, task) {
+            (Some(unit), Some(task)) => unit.fail(task, reply),
+            _ => reply,
+        })
     }
 
     /// Answers the command, once.

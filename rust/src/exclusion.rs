@@ -47,7 +47,7 @@ pub(crate) enum Hold {
 
 /// The name of a command in the queue; its id may be another one's while it is still there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Token(u64);
+pub struct Token(pub(crate) u64);
 
 #[derive(Debug)]
 struct Waiting<T> {

@@ -22,6 +22,7 @@ class Everything(RamHandler):
 
     removable = True
     max_in_flight = 8
+    physical_block_size = 4096
     max_atomic_write = 1 << 20
 
     async def open(self) -> None:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from .. import _errors, _native
+from .._domain import CopyDomain
 from .._runtime import GRACE, Device, serve_ring
+from .._slot import Slot
 
 if TYPE_CHECKING:
     from .._handler import Handler
@@ -74,10 +76,15 @@ class SimulatedDisk:
     """The initiator's side of a simulated device; made by `simulated`.
 
     Every method may be called from many tasks at once: that is how depth is made.
+
+    Attributes:
+        device: The device that is served.
+        naa: Its NAA-6 designator, 16 bytes.
     """
 
-    def __init__(self, kernel: _native.Simulator) -> None:
+    def __init__(self, kernel: _native.Simulator, naa: bytes) -> None:
         self.kernel = kernel
+        self.naa = naa
         self.device: Device
         self._waiting: dict[int, trio.Event] = {}
         self._replies: dict[int, Reply] = {}
@@ -211,6 +218,7 @@ async def simulated(
     data_block_size: int | None = None,
     capabilities: int | None = None,
     checks: bool = True,
+    copy_domain: CopyDomain | None = None,
 ) -> AsyncGenerator[SimulatedDisk, None]:
     """Serves a handler on a simulated kernel for the length of an `async with` block.
 
@@ -225,6 +233,7 @@ async def simulated(
         data_block_size: Bytes of a block of the data area, a multiple of 4096 (4096).
         capabilities: `CAP_*` flags of the mailbox (all).
         checks: Poison, scribble and compare; off for benchmarks.
+        copy_domain: The disks that copies may be made from and to, beside this one itself.
 
     Raises:
         AssertionError: At the end, if the ring was handled against the rules or a command was not answered.
@@ -237,25 +246,30 @@ async def simulated(
         capabilities=capabilities,
         checks=checks,
     )
-    disk = SimulatedDisk(kernel)
     wwn = hashlib.sha256(name.encode()).digest()
+    disk = SimulatedDisk(kernel, b"\x60" + wwn[:15])
 
     async def serve(task_status: trio.TaskStatus[Device]) -> None:
-        async with handler:
+        slot = Slot(handler)
+        await handler.open()
+        try:
             await serve_ring(
-                handler,
+                slot,
                 memory=kernel.memory_fileno(),
                 event=kernel.consumer_fileno(),
                 map_size=kernel.size,
                 name=name,
                 serial=wwn[:8].hex(),
-                naa=b"\x60" + wwn[:15],
+                naa=disk.naa,
                 strict=strict,
                 grace=grace,
                 deadline=deadline,
                 free_kept=disk._free_kept,
+                copy_domain=copy_domain,
                 task_status=task_status,
             )
+        finally:
+            await slot.aclose()
 
     # The initiator listens as long as the device lives: it gets the answers that the end of the device gives.
     async with trio.open_nursery() as listener:

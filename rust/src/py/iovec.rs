@@ -6,6 +6,8 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
+use std::ops::Range;
+use std::os::fd::RawFd;
 use std::ptr;
 use std::sync::Arc;
 
@@ -14,8 +16,12 @@ use pyo3::exceptions::{PyBufferError, PyIndexError, PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
+use smallvec::SmallVec;
 
+use super::fileio::{Held, Transfer};
 use crate::device::Claim;
+use crate::fileio::Operation;
+use crate::fileio::memory::{Lent, Memory};
 use crate::ring::{Buffer, Extent};
 use crate::scsi::DataBuffer;
 
@@ -39,7 +45,7 @@ impl Segment {
             return Err(PyBufferError::new_err("the data is not inside the mapping"));
         };
         if !this.claim.lend() {
-            return Err(PyBufferError::new_err("the command was answered: its data is not there any more"));
+            return Err(answered());
         }
         // SAFETY:
         // - `view` is CPython's, and valid;
@@ -116,6 +122,27 @@ impl IoVec {
         Ok(Self { source: Source::Objects(views), nbytes, writable })
     }
 
+    /// Total bytes.
+    pub fn nbytes(&self) -> usize {
+        self.nbytes
+    }
+
+    /// A walk over the bytes from the first one on, for code that works on plain memory.
+    pub fn walk(&self, py: Python<'_>, writing: bool) -> PyResult<Walk> {
+        if writing {
+            self.check_writable()?;
+        }
+        if self.writable
+            && let Source::Command { claim, .. } = &self.source
+        {
+            claim.zero_unless_filled();
+        }
+        let held = self.hold(py)?;
+        let mut pieces = SmallVec::new();
+        held.pieces(0, &mut |pointer, length| pieces.push((pointer, length)));
+        Ok(Walk { pieces, piece: 0, at: 0, _held: held })
+    }
+
     fn buffer(claim: &Claim, data_in: bool) -> &Buffer {
         if data_in { claim.data_in() } else { claim.data() }
     }
@@ -144,9 +171,7 @@ impl IoVec {
         match &self.source {
             Source::Command { claim, start, data_in } => {
                 if !claim.lend() {
-                    return Err(PyBufferError::new_err(
-                        "the command was answered: its data is not there any more",
-                    ));
+                    return Err(answered());
                 }
                 for extent in Self::buffer(claim, *data_in).pieces(*start..*start + self.nbytes) {
                     if let Ok(pointer) = claim.data().mapping().pointer(extent.offset, extent.length) {
@@ -165,7 +190,23 @@ impl IoVec {
         Ok(())
     }
 
-    fn check_length(&self, length: usize, what: &str) -> PyResult<()> {
+    /// The memory, lent for as long as a transfer needs it.
+    fn hold(&self, py: Python<'_>) -> PyResult<Held> {
+        match &self.source {
+            Source::Command { claim, start, data_in } => {
+                match Lent::new(claim.clone(), *data_in, *start, self.nbytes) {
+                    Some(lent) => Ok(Held::Command(lent)),
+                    None => Err(answered()),
+                }
+            }
+            Source::Objects(views) => {
+                let export = |view: &Py<PyMemoryView>| PyUntypedBuffer::get(view.bind(py));
+                Ok(Held::Objects(views.iter().map(export).collect::<PyResult<_>>()?))
+            }
+        }
+    }
+
+    pub fn check_length(&self, length: usize, what: &str) -> PyResult<()> {
         if length == self.nbytes {
             return Ok(());
         }
@@ -201,6 +242,58 @@ impl IoVec {
             _ => {}
         }
         Ok(())
+    }
+}
+
+fn answered() -> PyErr {
+    PyBufferError::new_err("the command was answered: its data is not there any more")
+}
+
+/// A place in the memory of an [`IoVec`], which stays where it is as long as this lives.
+pub struct Walk {
+    pieces: SmallVec<[(*mut u8, usize); 4]>,
+    piece: usize,
+    at: usize,
+    _held: Held,
+}
+
+impl Walk {
+    /// Copies the next bytes out; fewer, if there are no more.
+    pub fn read(&mut self, into: &mut [u8]) {
+        self.advance(into.len(), |from, range| {
+            let into = &mut into[range];
+            // SAFETY: both sides are valid for the length of `into` (`advance`), which nothing else has while it is ours.
+            unsafe { ptr::copy_nonoverlapping(from.cast_const(), into.as_mut_ptr(), into.len()) };
+        });
+    }
+
+    /// Copies the next bytes in; fewer, if there is no more room.
+    pub fn write(&mut self, from: &[u8]) {
+        self.advance(from.len(), |into, range| {
+            let from = &from[range];
+            // SAFETY: as in `read`, the other way; the walk was made for writing.
+            unsafe { ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) };
+        });
+    }
+
+    fn advance(&mut self, length: usize, mut copy: impl FnMut(*mut u8, Range<usize>)) {
+        let mut done = 0;
+        while done < length
+            && let Some(&(pointer, size)) = self.pieces.get(self.piece)
+        {
+            let part = (size - self.at).min(length - done);
+            // SAFETY:
+            // - `at` is at most `size`, and the piece is valid for `size` bytes: checked against the mapping, or
+            //   exported by CPython;
+            // - it stays so as long as this lives, and has `_held`.
+            copy(unsafe { pointer.add(self.at) }, done..done + part);
+            done += part;
+            self.at += part;
+            if self.at == size {
+                self.piece += 1;
+                self.at = 0;
+            }
+        }
     }
 }
 
@@ -295,6 +388,35 @@ impl IoVec {
                 into = into.add(length);
             }
         })
+    }
+
+    /// Fills the memory from a file: to be awaited.
+    ///
+    /// What the page cache has is there at once, without suspending; the rest comes without a thread, where io_uring is
+    /// allowed. All of it, or an OSError: EIO if the file ends before. The memory stays the transfer's until the kernel
+    /// is done with it: when it is cancelled, the call returns no earlier. Until then the descriptor has to stay open.
+    #[pyo3(signature = (fd, offset, /))]
+    fn read_from(&self, py: Python<'_>, fd: RawFd, offset: u64) -> PyResult<Transfer> {
+        self.check_writable()?;
+        // All of Data-In counts as written when it is.
+        if self.fills().is_none()
+            && let Source::Command { claim, .. } = &self.source
+        {
+            claim.zero_unless_filled();
+        }
+        Ok(Transfer::new("IoVec.read_from", fd, Operation::Read, offset, self.hold(py)?))
+    }
+
+    /// Writes the memory to a file: to be awaited, and as `read_from`. With `fua` it is durable then (RWF_DSYNC).
+    #[pyo3(signature = (fd, offset, /, *, fua = false))]
+    fn write_to(&self, py: Python<'_>, fd: RawFd, offset: u64, fua: bool) -> PyResult<Transfer> {
+        if self.writable
+            && let Source::Command { claim, .. } = &self.source
+        {
+            claim.zero_unless_filled();
+        }
+        let operation = Operation::Write { durable: fua };
+        Ok(Transfer::new("IoVec.write_to", fd, operation, offset, self.hold(py)?))
     }
 
     /// Sets all of the memory to zero.

@@ -5,11 +5,13 @@ use pyo3::prelude::*;
 
 use crate::device::DeviceError;
 
+mod fileio;
 mod iovec;
 mod netlink;
 mod ring;
 mod simulator;
 mod unit;
+mod xts;
 
 mod exceptions {
     #![allow(missing_docs)]
@@ -30,6 +32,8 @@ impl From<DeviceError> for PyErr {
 #[pymodule]
 mod _native {
     #[pymodule_export]
+    use super::fileio::{FileQueue, Transfer, fallocate, fdatasync};
+    #[pymodule_export]
     use super::iovec::IoVec;
     #[pymodule_export]
     use super::netlink::{DeviceEvent, NetlinkSocket, ReceivedEvents};
@@ -38,7 +42,9 @@ mod _native {
     #[pymodule_export]
     use super::simulator::Simulator;
     #[pymodule_export]
-    use super::unit::LogicalUnit;
+    use super::unit::{CopyDomain, LogicalUnit};
+    #[pymodule_export]
+    use super::xts::AesXts;
 
     /// The version of the package.
     #[pymodule_export]

@@ -1,7 +1,7 @@
 //! A device and its commands, for the runtime in `tcmu_rs._runtime`.
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hdrhistogram::Histogram;
@@ -12,6 +12,7 @@ use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList};
 use super::iovec::IoVec;
 use super::unit::LogicalUnit;
 use crate::device::{Claim, Device, DeviceError, Started, Work};
+use crate::exclusion::Token;
 use crate::mapping::Mapping;
 use crate::scsi::sense::{Sense, SenseKey};
 use crate::scsi::{BlockState, DataBuffer, MediumExtent, Reply, Status, Step, StepBuffer, StepResult, Verb};
@@ -21,8 +22,8 @@ use crate::statistics::Asked;
 #[pyclass(frozen, module = "tcmu_rs._native")]
 pub struct Ring {
     device: Arc<Device>,
-    intercept: bool,
-    fills_reads: bool,
+    intercept: AtomicBool,
+    fills_reads: AtomicBool,
 }
 
 /// Notification that commands are being aborted.
@@ -64,7 +65,11 @@ impl Ring {
         let mapping = Mapping::new(&duplicate(memory)?, size).map_err(DeviceError::from)?;
         let unit = unit.map(|unit| unit.unit.clone());
         let device = Device::new(mapping, duplicate(event)?, unit)?;
-        Ok(Self { device: Arc::new(device), intercept, fills_reads })
+        Ok(Self {
+            device: Arc::new(device),
+            intercept: AtomicBool::new(intercept),
+            fills_reads: AtomicBool::new(fills_reads),
+        })
     }
 
     /// Whether anybody has answered a command of the device since its ring was last reset.
@@ -79,10 +84,19 @@ impl Ring {
         Ok(self.device.event_fd()?)
     }
 
-    /// Takes up to `limit` entries: answers what needs no handler, returns the rest.
-    fn drain<'py>(&self, py: Python<'py>, limit: usize) -> PyResult<Bound<'py, PyList>> {
+    /// Another handler serves from now on: its promises take the place of those of the one before.
+    #[pyo3(signature = (*, intercept, fills_reads))]
+    fn serve_another(&self, intercept: bool, fills_reads: bool) {
+        self.intercept.store(intercept, Ordering::Relaxed);
+        self.fills_reads.store(fills_reads, Ordering::Relaxed);
+    }
+
+    /// Takes up to `limit` entries: answers what needs no handler, returns the rest. With `park` nothing is looked at:
+    /// all commands come as with `intercept`.
+    #[pyo3(signature = (limit, park = false))]
+    fn drain<'py>(&self, py: Python<'py>, limit: usize, park: bool) -> PyResult<Bound<'py, PyList>> {
         let list = PyList::empty(py);
-        let work = self.device.drain(limit, self.intercept)?;
+        let work = self.device.drain(limit, park || self.intercept.load(Ordering::Relaxed))?;
         for (claim, step) in self.device.take_ready()? {
             list.append(self.command(py, claim, Some(step))?)?;
         }
@@ -134,6 +148,23 @@ impl Ring {
     /// Ids that wait for `free_kept_buf`.
     fn kept(&self) -> Vec<u16> {
         self.device.kept()
+    }
+
+    /// A piece of a copy is to touch so many bytes. Returns its name, and whether it may begin; if not, `granted` has it
+    /// when it may.
+    fn enter(&self, offset: u64, length: u64) -> (u64, bool) {
+        let (token, granted) = self.device.enter(offset, length);
+        (token.0, granted)
+    }
+
+    /// The piece of this name is over, or is given up.
+    fn leave(&self, piece: u64) {
+        self.device.leave(Token(piece));
+    }
+
+    /// The pieces that had to wait and can begin; to be asked after `drain` and `ready`.
+    fn granted(&self) -> Vec<u64> {
+        self.device.take_granted().into_iter().map(|token| token.0).collect()
     }
 
     /// Commands that are not answered.
@@ -203,7 +234,7 @@ impl Ring {
             step: Mutex::new(step),
             scratch: Mutex::new(None),
             extents: Mutex::default(),
-            fills_reads: self.fills_reads,
+            fills_reads: self.fills_reads.load(Ordering::Relaxed),
         };
         Bound::new(py, command)
     }
@@ -234,13 +265,6 @@ impl Command {
         lock(&self.step).as_ref().map_or(Asked::Command, |step| Asked::Step(step.verb, step.length))
     }
 
-    fn answer(&self, reply: Reply) -> PyResult<()> {
-        let failed = reply.status != Status::Good;
-        self.claim.returned(self.asked(), failed, || self.claim.answer(reply))?;
-        self.set(None);
-        Ok(())
-    }
-
     fn sense(key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<Sense> {
         let key = SenseKey::from_code(key)
             .ok_or_else(|| PyValueError::new_err(format!("no sense key {key:#x}")))?;
@@ -266,7 +290,15 @@ impl Command {
     /// What the handler is asked for: the number of a verb, or None.
     #[getter]
     fn verb(&self) -> Option<u8> {
-        lock(&self.step).as_ref().map(|step| step.verb as u8)
+        lock(&self.step).as_ref().filter(|step| step.unit.is_none()).map(|step| step.verb as u8)
+    }
+
+    /// Of a copy what is to be done next, by the unit with this NAA designator: that, and the number of a verb.
+    #[getter]
+    fn piece<'py>(&self, py: Python<'py>) -> Option<(Bound<'py, PyBytes>, u8)> {
+        let step = lock(&self.step);
+        let step = step.as_ref()?;
+        Some((PyBytes::new(py, step.unit.as_ref()?), step.verb as u8))
     }
 
     /// The handler is called now: for this verb, or for all of the command if it is None.
@@ -394,10 +426,14 @@ impl Command {
     fn fail(&self, status: u8, key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<()> {
         let status = Status::from_code(status)
             .ok_or_else(|| PyValueError::new_err(format!("no status {status:#x}")))?;
-        self.answer(match status {
+        let reply = match status {
             Status::CheckCondition => Reply::check(Self::sense(key, asc, ascq, information)?),
             status => Reply::status(status),
-        })
+        };
+        let failed = status != Status::Good;
+        self.claim.returned(self.asked(), failed, || self.claim.fail(reply))?;
+        self.set(None);
+        Ok(())
     }
 
     /// Answers GOOD with `data_in` valid bytes of Data-In (by default all, if any of them was written).
@@ -408,7 +444,10 @@ impl Command {
         if data_in > Some(0) {
             self.claim.zero_unless_filled();
         }
-        self.answer(Reply::good(data_in.unwrap_or(whole)))
+        self.claim
+            .returned(self.asked(), false, || self.claim.answer(Reply::good(data_in.unwrap_or(whole))))?;
+        self.set(None);
+        Ok(())
     }
 
     /// Whether there is an answer.

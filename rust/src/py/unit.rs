@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::scsi::{Capabilities, Geometry, Identity, LogicalUnit as Unit, LunError};
+use crate::scsi::{Capabilities, CopyDomain as Domain, Geometry, Identity, LogicalUnit as Unit, LunError};
 
 impl From<LunError> for PyErr {
     fn from(error: LunError) -> Self {
@@ -90,5 +90,29 @@ impl LogicalUnit {
             return Ok(());
         }
         Err(PyValueError::new_err(format!("the state of the unit has something unknown here: {state:?}")))
+    }
+}
+
+/// Units between which initiators may copy; see `tcmu_rs.CopyDomain`.
+#[pyclass(frozen, module = "tcmu_rs._native")]
+pub struct CopyDomain {
+    domain: Arc<Domain>,
+}
+
+#[pymethods]
+impl CopyDomain {
+    #[new]
+    fn new() -> Self {
+        Self { domain: Arc::default() }
+    }
+
+    /// Takes a unit in; ValueError if there is one with its designator.
+    fn join(&self, unit: &LogicalUnit) -> PyResult<()> {
+        Ok(self.domain.join(&unit.unit)?)
+    }
+
+    /// Lets a unit go.
+    fn leave(&self, unit: &LogicalUnit) {
+        self.domain.leave(&unit.unit);
     }
 }

@@ -114,7 +114,10 @@ impl Batch {
             _ => StepBuffer::None,
         };
         let offset = ByteOffset(piece.first * block_size);
-        Next::Call(Step { verb: piece.verb, offset, length, buffer, fua: false }, Task(Stage::Batch(self)))
+        Next::Call(
+            Step { verb: piece.verb, offset, length, buffer, fua: false, unit: None },
+            Task(Stage::Batch(self)),
+        )
     }
 
     fn data(&self, piece: &Piece, blocks: usize, length: usize) -> Vec<u8> {

@@ -26,11 +26,12 @@ pub(super) fn inquiry(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataBuffer) -
     Ok(Reply::data(buffer, allocation, &standard(lu)))
 }
 
-/// Standard INQUIRY data: a disk that is there, without target port groups (the fabric has them), third-party copy or
-/// protection, with command queuing.
+/// Standard INQUIRY data: a disk that is there, without target port groups (the fabric has them) or protection, with
+/// third-party copy and command queuing.
 fn standard(lu: &LogicalUnit) -> [u8; 96] {
     const RMB: u8 = 0x80;
     const HISUP_AND_FORMAT: u8 = 0x12;
+    const THIRD_PARTY_COPY: u8 = 0x08;
     const CMDQUE: u8 = 0x02;
     let identity = lu.identity();
     let mut data = [0; 96];
@@ -40,6 +41,7 @@ fn standard(lu: &LogicalUnit) -> [u8; 96] {
     data[2] = VERSION;
     data[3] = HISUP_AND_FORMAT;
     data[4] = data.len() as u8 - 5;
+    data[5] = THIRD_PARTY_COPY;
     data[7] = CMDQUE;
     data[8..16].copy_from_slice(identity.vendor());
     data[16..32].copy_from_slice(identity.product());

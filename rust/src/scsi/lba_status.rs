@@ -37,6 +37,7 @@ pub(super) fn get_lba_status(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataBu
         length: (end - first) * block_size,
         buffer: StepBuffer::None,
         fua: false,
+        unit: None,
     };
     Ok(Next::Call(step, Task(Stage::LbaStatus(status))))
 }

@@ -1,9 +1,10 @@
 //! The logical unit: what it is, its state, and the way of a command through it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::cdb::Cdb;
+use super::copy::{Copies, CopyDomain};
 use super::job::Job;
 use super::log::Statistics;
 use super::opcodes::Readiness;
@@ -58,6 +59,9 @@ pub enum LunError {
         /// Bytes of the logical block.
         block_size: u32,
     },
+    /// Copies could not tell two units of a domain apart.
+    #[error("there is a unit with this designator in the copy domain already")]
+    Ambiguous,
     /// A limit of 0 would refuse every command.
     #[error("the longest transfer, discard and WRITE SAME must be at least one block, in one descriptor")]
     ZeroLimit,
@@ -97,6 +101,8 @@ pub struct LogicalUnit {
     capacity_changed: AtomicBool,
     job: Arc<Job>,
     statistics: Statistics,
+    copies: Arc<Copies>,
+    copy_domain: OnceLock<Arc<CopyDomain>>,
 }
 
 impl LogicalUnit {
@@ -121,6 +127,8 @@ impl LogicalUnit {
             capacity_changed: AtomicBool::new(false),
             statistics: Statistics::default(),
             job: Arc::default(),
+            copies: Arc::default(),
+            copy_domain: OnceLock::new(),
         })
     }
 
@@ -197,7 +205,7 @@ impl LogicalUnit {
         self.check_ready(command.readiness()).map(|()| command)
     }
 
-    fn check_ready(&self, needed: Readiness) -> Result<(), Sense> {
+    pub(super) fn check_ready(&self, needed: Readiness) -> Result<(), Sense> {
         let stopped = || match self.is_stopped() {
             true => Some(Sense::LOGICAL_UNIT_NOT_READY_INITIALIZING_COMMAND_REQUIRED),
             false => None,
@@ -290,10 +298,24 @@ impl LogicalUnit {
         self.software_write_protect.store(on, Ordering::Relaxed);
     }
 
-    /// LOGICAL UNIT RESET: removal of the medium is allowed again. Mode parameters stay as they are: an initiator that
+    /// LOGICAL UNIT RESET: removal of the medium is allowed again, results of copies are forgotten. Mode parameters stay as they are: an initiator that
     /// has turned the write cache off flushes no more, and must not find it on again.
     pub fn reset(&self) {
         self.set_removal_prevented(false);
+        self.copies.reset();
+    }
+
+    /// The first one stays; without one, a copy stays within the unit.
+    pub(super) fn set_copy_domain(&self, domain: Arc<CopyDomain>) {
+        let _ = self.copy_domain.set(domain);
+    }
+
+    pub(super) fn copy_domain(&self) -> Option<&Arc<CopyDomain>> {
+        self.copy_domain.get()
+    }
+
+    pub(super) const fn copies(&self) -> &Arc<Copies> {
+        &self.copies
     }
 
     /// Why nothing can be written, if so.

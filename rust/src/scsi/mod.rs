@@ -11,6 +11,7 @@
 mod batch;
 mod capacity;
 mod cdb;
+mod copy;
 mod defects;
 mod format;
 mod geometry;
@@ -37,6 +38,7 @@ mod verify;
 mod vpd;
 mod write_same;
 
+pub use copy::CopyDomain;
 pub use geometry::{Capabilities, Geometry};
 pub use identity::Identity;
 pub use lun::{LogicalUnit, LunError};
@@ -185,6 +187,9 @@ pub struct Step {
     pub buffer: StepBuffer,
     /// [`Verb::Write`]: return only when the data is durable. Set only if [`Capabilities::native_fua`].
     pub fua: bool,
+    /// The NAA designator of the unit whose handler is meant, if this is a piece of a copy: that unit may be the command's
+    /// own or another one. Nothing is held for a copy beforehand: the piece enters among the commands of its unit.
+    pub unit: Option<[u8; 16]>,
 }
 
 /// How a command ends.

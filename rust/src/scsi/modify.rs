@@ -107,6 +107,9 @@ impl OrWrite {
             return self.durability.write(offset, length, buffer);
         }
         let fua = self.durability == Durability::Native;
-        Next::Call(Step { verb: Verb::Write, offset, length, buffer, fua }, Task(Stage::OrWrite(self)))
+        Next::Call(
+            Step { verb: Verb::Write, offset, length, buffer, fua, unit: None },
+            Task(Stage::OrWrite(self)),
+        )
     }
 }

@@ -1,5 +1,7 @@
 //! Sense data (SPC-5 clause 4.4): the named triples, and their two formats on the wire.
 
+use super::Reply;
+
 /// Bytes that every sense buffer on the way to an initiator has (SAM-5 allows 252; Linux and TCMU keep 96).
 pub const SENSE_BYTES: usize = 96;
 
@@ -68,12 +70,18 @@ pub enum KeySpecific {
     Parameter(FieldPointer),
     /// With NOT READY and NO SENSE: how much of an operation is done, in 65536ths.
     Progress(u16),
+    /// With COPY ABORTED: the byte of the segment descriptor that is wrong.
+    Segment {
+        /// The byte.
+        byte: u16,
+    },
 }
 
 impl KeySpecific {
     fn encode(self) -> [u8; 3] {
         const SKSV: u8 = 0x80;
         const IN_CDB: u8 = 0x40;
+        const SD: u8 = 0x20;
         const BIT_POINTER_VALID: u8 = 0x08;
         let (flags, value) = match self {
             Self::Cdb(FieldPointer { byte, bit }) => {
@@ -83,10 +91,46 @@ impl KeySpecific {
                 (bit.map_or(0, |bit| BIT_POINTER_VALID | (bit & 7)), byte)
             }
             Self::Progress(progress) => (0, progress),
+            Self::Segment { byte } => (SD, byte),
         };
         let [high, low] = value.to_be_bytes();
         [SKSV | flags, high, low]
     }
+}
+
+/// What a unit is to a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Role {
+    Source,
+    Destination,
+}
+
+/// How a command ended that a copy sent to one of its units, for the initiator of the copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Forwarded {
+    /// Whose it is.
+    pub role: Role,
+    /// Its status.
+    pub status: u8,
+    /// Its sense key, ASC and ASCQ; zeroes without sense data.
+    pub triple: [u8; 3],
+}
+
+impl Forwarded {
+    pub(super) fn new(role: Role, reply: &Reply) -> Self {
+        let triple = reply.sense.map_or([0; 3], |sense| [sense.key as u8, sense.asc, sense.ascq]);
+        Self { role, status: reply.status as u8, triple }
+    }
+}
+
+/// Where a copy ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyFailure {
+    /// The number of the segment, from 0 on.
+    pub segment: u16,
+    /// What one of its units answered.
+    pub forwarded: Option<Forwarded>,
 }
 
 /// The format of sense data, which D_SENSE of the control mode page or DESC of REQUEST SENSE chooses.
@@ -112,6 +156,8 @@ pub struct Sense {
     pub information: Option<u64>,
     /// The sense key specific bytes.
     pub specific: Option<KeySpecific>,
+    /// With COPY ABORTED: the segment, in COMMAND-SPECIFIC INFORMATION, and the sense data of a unit.
+    pub copy: Option<CopyFailure>,
 }
 
 macro_rules! triples {
@@ -137,12 +183,22 @@ impl Sense {
         FORMAT_COMMAND_FAILED = MediumError, 0x31, 0x01;
         SANITIZE_COMMAND_FAILED = MediumError, 0x31, 0x03;
         INTERNAL_TARGET_FAILURE = HardwareError, 0x44, 0x00;
+        COPY_ABORTED = CopyAborted, 0x00, 0x00;
+        THIRD_PARTY_DEVICE_FAILURE = CopyAborted, 0x0d, 0x01;
+        COPY_TARGET_DEVICE_NOT_REACHABLE = CopyAborted, 0x0d, 0x02;
+        INCORRECT_COPY_TARGET_DEVICE_TYPE = CopyAborted, 0x0d, 0x03;
+        COPY_SEGMENT_GRANULARITY_VIOLATION = CopyAborted, 0x26, 0x0d;
         PARAMETER_LIST_LENGTH_ERROR = IllegalRequest, 0x1a, 0x00;
         INVALID_OPCODE = IllegalRequest, 0x20, 0x00;
         LBA_OUT_OF_RANGE = IllegalRequest, 0x21, 0x00;
         INVALID_FIELD_IN_INFORMATION_UNIT = IllegalRequest, 0x0e, 0x03;
         INVALID_FIELD_IN_CDB = IllegalRequest, 0x24, 0x00;
         INVALID_FIELD_IN_PARAMETER_LIST = IllegalRequest, 0x26, 0x00;
+        TOO_MANY_TARGET_DESCRIPTORS = IllegalRequest, 0x26, 0x06;
+        UNSUPPORTED_TARGET_DESCRIPTOR_TYPE_CODE = IllegalRequest, 0x26, 0x07;
+        TOO_MANY_SEGMENT_DESCRIPTORS = IllegalRequest, 0x26, 0x08;
+        UNSUPPORTED_SEGMENT_DESCRIPTOR_TYPE_CODE = IllegalRequest, 0x26, 0x09;
+        INLINE_DATA_LENGTH_EXCEEDED = IllegalRequest, 0x26, 0x0b;
         MEDIUM_REMOVAL_PREVENTED = IllegalRequest, 0x53, 0x02;
         SAVING_PARAMETERS_NOT_SUPPORTED = IllegalRequest, 0x39, 0x00;
         POWER_ON = UnitAttention, 0x29, 0x01;
@@ -158,7 +214,7 @@ impl Sense {
     /// Sense without details.
     #[must_use]
     pub const fn new(key: SenseKey, asc: u8, ascq: u8) -> Self {
-        Self { key, asc, ascq, information: None, specific: None }
+        Self { key, asc, ascq, information: None, specific: None, copy: None }
     }
 
     /// The same with an INFORMATION field.
@@ -189,6 +245,13 @@ impl Sense {
         self
     }
 
+    /// The same, of a copy that has ended in this segment.
+    #[must_use]
+    pub const fn in_segment(mut self, segment: u16, forwarded: Option<Forwarded>) -> Self {
+        self.copy = Some(CopyFailure { segment, forwarded });
+        self
+    }
+
     /// The bytes on the wire and how many of them there are; the rest is zero.
     ///
     /// INFORMATION has 32 bits in the fixed format: a larger value is left out, with VALID clear, as SPC-5 asks.
@@ -210,13 +273,23 @@ impl Sense {
             bytes[3..7].copy_from_slice(&information.to_be_bytes());
         }
         bytes[2] = self.key as u8;
-        bytes[7] = LENGTH as u8 - 8;
         bytes[12] = self.asc;
         bytes[13] = self.ascq;
         if let Some(specific) = self.specific {
             bytes[15..18].copy_from_slice(&specific.encode());
         }
-        LENGTH
+        let mut length = LENGTH;
+        if let Some(copy) = self.copy {
+            // COMMAND-SPECIFIC INFORMATION: where status and sense data of source and destination begin, the segment.
+            bytes[10..12].copy_from_slice(&copy.segment.to_be_bytes());
+            if let Some(forwarded) = copy.forwarded {
+                let pointer = if forwarded.role == Role::Source { 8 } else { 9 };
+                bytes[pointer] = LENGTH as u8;
+                length += forwarded.encode(&mut bytes[LENGTH..]);
+            }
+        }
+        bytes[7] = length as u8 - 8;
+        length
     }
 
     fn encode_descriptors(&self, bytes: &mut [u8; SENSE_BYTES]) -> usize {
@@ -232,7 +305,35 @@ impl Sense {
             bytes[length + 4..length + 7].copy_from_slice(&specific.encode());
             length += 8;
         }
+        if let Some(copy) = self.copy {
+            bytes[length..length + 2].copy_from_slice(&[0x01, 0x0a]);
+            bytes[length + 10..length + 12].copy_from_slice(&copy.segment.to_be_bytes());
+            length += 12;
+            if let Some(forwarded) = copy.forwarded {
+                // A forwarded sense data descriptor; its fourth byte is the status.
+                let source = if forwarded.role == Role::Source { 1 } else { 2 };
+                let size = forwarded.encode(&mut bytes[length + 3..]);
+                bytes[length..length + 3].copy_from_slice(&[0x0c, size as u8 + 1, source]);
+                length += size + 3;
+            }
+        }
         bytes[7] = length as u8 - 8;
         length
+    }
+}
+
+impl Forwarded {
+    /// Writes the status and, in fixed format, the sense data if there was any; returns how much that is.
+    fn encode(&self, bytes: &mut [u8]) -> usize {
+        const LENGTH: usize = 18;
+        let [key, asc, ascq] = self.triple;
+        bytes[0] = self.status;
+        if self.triple == [0; 3] {
+            return 1;
+        }
+        let sense = &mut bytes[1..=LENGTH];
+        (sense[0], sense[2], sense[7]) = (0x70, key, LENGTH as u8 - 8);
+        (sense[12], sense[13]) = (asc, ascq);
+        1 + LENGTH
     }
 }

@@ -1,13 +1,14 @@
 //! The place of a command that waits for the handler.
 
 use super::batch::Batch;
+use super::copy::ExtendedCopy;
 use super::lba_status::LbaStatus;
 use super::modify::{Compare, OrWrite};
 use super::verify::Verify;
 use super::{ByteOffset, DataBuffer, LogicalUnit, Next, Reach, Reply, Step, StepBuffer, StepResult, Verb};
 
 /// Where a command is between two steps. Made by [`LogicalUnit::start`], given back to [`LogicalUnit::resume`] when
-/// the step has succeeded; after a failed step it is dropped, and the command ends with the handler's error.
+/// the step has succeeded, or to [`LogicalUnit::fail`]; dropped, the command has been aborted.
 #[derive(Debug)]
 #[must_use]
 pub struct Task(pub(super) Stage);
@@ -37,6 +38,8 @@ pub(super) enum Stage {
     LbaStatus(Box<LbaStatus>),
     /// The cache is flushed, now the unit stops, and ejects its medium if so asked.
     Stop { eject: bool },
+    /// A piece of an EXTENDED COPY is read or written.
+    Copy(Box<ExtendedCopy>),
 }
 
 impl Task {
@@ -51,20 +54,26 @@ impl Task {
             Stage::Verify(verify) | Stage::FlushAndVerify(verify) => verify.reach(),
             Stage::Atomic { .. } | Stage::Compare(_) => Reach::exclusive(start, end),
             Stage::OrWrite(orwrite) => orwrite.reach(),
-            Stage::LbaStatus(_) | Stage::Stop { .. } => Reach::NOTHING,
+            Stage::LbaStatus(_) | Stage::Stop { .. } | Stage::Copy(_) => Reach::NOTHING,
         }
     }
 }
 
 impl Step {
     /// Makes everything durable.
-    pub(super) const FLUSH: Self =
-        Self { verb: Verb::Flush, offset: ByteOffset(0), length: 0, buffer: StepBuffer::None, fua: false };
+    pub(super) const FLUSH: Self = Self {
+        verb: Verb::Flush,
+        offset: ByteOffset(0),
+        length: 0,
+        buffer: StepBuffer::None,
+        fua: false,
+        unit: None,
+    };
 
     /// Reads bytes for the emulation itself.
     pub(super) fn scratch(offset: u64, length: u64) -> Self {
         let offset = ByteOffset(offset);
-        Self { verb: Verb::Read, offset, length, buffer: StepBuffer::Scratch, fua: false }
+        Self { verb: Verb::Read, offset, length, buffer: StepBuffer::Scratch, fua: false, unit: None }
     }
 }
 
@@ -77,7 +86,7 @@ impl Next {
     /// A read into the command's buffer, then GOOD.
     pub(super) fn read(offset: ByteOffset, length: usize) -> Self {
         let buffer = StepBuffer::Command(0);
-        let step = Step { verb: Verb::Read, offset, length: length as u64, buffer, fua: false };
+        let step = Step { verb: Verb::Read, offset, length: length as u64, buffer, fua: false, unit: None };
         Self::Call(step, Task(Stage::Finish { data_in: length }))
     }
 }
@@ -101,6 +110,16 @@ impl LogicalUnit {
                 self.start_or_stop(false, eject);
                 Next::Done(Reply::good(0))
             }
+            Stage::Copy(copy) => copy.advance(self, result),
+        }
+    }
+
+    /// The answer to a command whose step has failed with `reply`.
+    #[must_use]
+    pub fn fail(&self, task: Task, reply: Reply) -> Reply {
+        match task.0 {
+            Stage::Copy(copy) => copy.failed(reply),
+            _ => reply,
         }
     }
 }

@@ -109,7 +109,7 @@ impl Durability {
     pub(super) fn write(self, offset: ByteOffset, length: u64, buffer: StepBuffer) -> Next {
         let stage = if self == Self::Flush { Stage::Flush } else { Stage::Finish { data_in: 0 } };
         let fua = self == Self::Native;
-        Next::Call(Step { verb: Verb::Write, offset, length, buffer, fua }, Task(stage))
+        Next::Call(Step { verb: Verb::Write, offset, length, buffer, fua, unit: None }, Task(stage))
     }
 }
 
@@ -197,7 +197,7 @@ pub(super) fn write_atomic(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataBuff
     let (length, fua) = (length as u64, durability == Durability::Native);
     let stage = Stage::Atomic { flush: durability == Durability::Flush };
     let buffer = StepBuffer::Command(0);
-    Ok(Next::Call(Step { verb: Verb::Write, offset, length, buffer, fua }, Task(stage)))
+    Ok(Next::Call(Step { verb: Verb::Write, offset, length, buffer, fua, unit: None }, Task(stage)))
 }
 
 /// PRE-FETCH(10), (16). GOOD, and not CONDITION MET, which would say that the blocks are in the cache now: what is

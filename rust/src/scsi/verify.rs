@@ -88,7 +88,10 @@ pub(super) fn write_and_verify<const N: usize>(
     let stage =
         if lu.capabilities().flush && !fua { Stage::FlushAndVerify(verify) } else { Stage::Verify(verify) };
     let buffer = StepBuffer::Command(0);
-    Ok(Next::Call(Step { verb: Verb::Write, offset, length: length as u64, buffer, fua }, Task(stage)))
+    Ok(Next::Call(
+        Step { verb: Verb::Write, offset, length: length as u64, buffer, fua, unit: None },
+        Task(stage),
+    ))
 }
 
 impl Verify {

@@ -1,16 +1,17 @@
 //! The vital product data pages of INQUIRY.
 
-use super::LogicalUnit;
 use super::sense::SENSE_BYTES;
+use super::{LogicalUnit, copy};
 
 type Body = fn(&LogicalUnit) -> Vec<u8>;
 
 /// Page codes in ascending order, and what follows the header of four bytes. Page 00h is made from this list.
-const PAGES: [(u8, Body); 8] = [
+const PAGES: [(u8, Body); 9] = [
     (0x00, supported_pages),
     (0x80, unit_serial_number),
     (0x83, device_identification),
     (0x86, extended_inquiry_data),
+    (0x8f, copy::third_party_copy_page),
     (0xb0, block_limits),
     (0xb1, block_device_characteristics),
     (0xb2, logical_block_provisioning),

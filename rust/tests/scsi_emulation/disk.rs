@@ -1,6 +1,7 @@
 //! The other side of the emulation: a buffer that knows which bytes were written, and a medium that checks every step.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
 use tcmu::scsi::sense::KeySpecific;
 use tcmu::scsi::{
@@ -15,7 +16,11 @@ pub const DISCARDED: u8 = 0xdd;
 const STALE: u8 = 0xa5;
 
 pub fn identity() -> Identity {
-    Identity::new("TCMU-RS", "Test disk", "0.1", "serial-1", NAA).unwrap()
+    named(NAA)
+}
+
+pub fn named(naa: [u8; 16]) -> Identity {
+    Identity::new("TCMU-RS", "Test disk", "0.1", "serial-1", naa).unwrap()
 }
 
 pub const ALL: Capabilities = Capabilities {
@@ -64,7 +69,7 @@ impl DataBuffer for Buffer {
 
 /// A logical unit and the medium below it.
 pub struct Disk {
-    pub lu: LogicalUnit,
+    pub lu: Arc<LogicalUnit>,
     pub medium: Vec<u8>,
     /// Bytes that a loss of power would lose.
     pub volatile: Vec<bool>,
@@ -74,6 +79,10 @@ pub struct Disk {
     pub extents: Vec<MediumExtent>,
     /// A command that was answered and goes on, if it is to be watched (see [`Disk::go_on`]).
     pub early: Option<Option<(Step, Task)>>,
+    /// The disks that pieces of copies may be for.
+    pub neighbours: Vec<Disk>,
+    /// So many steps succeed, then all fail with this.
+    pub failure: Option<(usize, Reply)>,
 }
 
 impl Disk {
@@ -82,15 +91,21 @@ impl Disk {
     }
 
     pub fn with(geometry: Geometry, capabilities: Capabilities) -> Self {
+        Self::of(identity(), geometry, capabilities)
+    }
+
+    pub fn of(identity: Identity, geometry: Geometry, capabilities: Capabilities) -> Self {
         let size = geometry.size as usize;
-        let lu = LogicalUnit::new(identity(), geometry, capabilities).unwrap();
+        let lu = LogicalUnit::new(identity, geometry, capabilities).unwrap();
         Self {
-            lu,
+            lu: Arc::new(lu),
             medium: vec![0; size],
             volatile: vec![false; size],
             steps: Vec::new(),
             extents: Vec::new(),
             early: None,
+            neighbours: Vec::new(),
+            failure: None,
         }
     }
 
@@ -134,8 +149,17 @@ impl Disk {
     }
 
     fn carry_on(&mut self, step: Step, task: Task, buffer: &Buffer) -> Next {
-        self.check_step(&step, buffer);
-        let result = self.carry_out(&step, buffer);
+        if let Some((left, reply)) = &mut self.failure {
+            match left.checked_sub(1) {
+                Some(less) => *left = less,
+                None => return Next::Done(self.lu.fail(task, *reply)),
+            }
+        }
+        let own = step.unit.is_none_or(|unit| unit == *self.lu.identity().naa());
+        let neighbour = |disk: &&mut Self| Some(*disk.lu.identity().naa()) == step.unit;
+        let disk = if own { &mut *self } else { self.neighbours.iter_mut().find(neighbour).unwrap() };
+        disk.check_step(&step, buffer);
+        let result = disk.carry_out(&step, buffer);
         self.steps.push(step);
         self.lu.resume(task, buffer, result)
     }

@@ -128,7 +128,7 @@ fn long_discards_are_done_in_pieces() {
     let mut disk = Disk::new(8, ALL);
     let geometry =
         tcmu::scsi::Geometry { discard_granularity: 3 << 20, ..tcmu::scsi::Geometry::new(512, 5 << 30) };
-    disk.lu = tcmu::scsi::LogicalUnit::new(crate::disk::identity(), geometry, ALL).unwrap();
+    disk.lu = tcmu::scsi::LogicalUnit::new(crate::disk::identity(), geometry, ALL).unwrap().into();
     let buffer = Buffer::stale(0);
     let mut next = disk.lu.start(&format(0), &buffer);
     let mut steps = Vec::new();

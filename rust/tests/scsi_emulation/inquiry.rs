@@ -38,7 +38,7 @@ fn standard_data() {
             0x06, // SPC-4
             0x12, // HISUP, response data format 2
             91, // ADDITIONAL LENGTH
-            0x00, // no TPGS, 3PC, PROTECT
+            0x08, // 3PC, no TPGS, PROTECT
             0x00,
             0x02, // CMDQUE
         ],
@@ -70,7 +70,7 @@ fn a_page_code_needs_evpd() {
 fn every_page_that_is_listed_is_there_and_no_other() {
     let mut disk = Disk::new(8, ALL);
     let listed = page(&mut disk, 0x00)[4..].to_vec();
-    assert_eq!(listed, [0x00, 0x80, 0x83, 0x86, 0xb0, 0xb1, 0xb2, 0xb7]);
+    assert_eq!(listed, [0x00, 0x80, 0x83, 0x86, 0x8f, 0xb0, 0xb1, 0xb2, 0xb7]);
     for code in 0..=u8::MAX {
         if listed.contains(&code) {
             page(&mut disk, code);

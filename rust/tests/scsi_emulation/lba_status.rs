@@ -33,7 +33,7 @@ fn without_extents_everything_is_mapped() {
     let geometry = Geometry { size: 512 << 33, ..Geometry::new(512, 512) };
     let lu =
         tcmu::scsi::LogicalUnit::new(crate::disk::identity(), geometry, *disk.lu.capabilities()).unwrap();
-    disk.lu = lu;
+    disk.lu = lu.into();
     assert_eq!(status(&mut disk, 0, 255), [(0, u32::MAX, 0)]);
 }
 

@@ -1,6 +1,7 @@
 //! The SCSI emulation through its public interface, against a disk in memory.
 
 mod capacity;
+mod copy;
 mod defects;
 mod disk;
 mod format;

@@ -4,7 +4,8 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use tcmu::scsi::{Capabilities, Geometry, Status};
 
-use crate::disk::{ALL, Disk};
+use crate::copy::{block_to_block, cscd, extended_copy, parameter_list};
+use crate::disk::{ALL, Disk, NAA};
 
 const BLOCKS: u64 = 64;
 const BLOCK: usize = 512;
@@ -54,6 +55,9 @@ enum Command {
     Format {
         pattern: Option<u8>,
     },
+    Copy {
+        segments: Vec<(u64, u64, u8)>,
+    },
 }
 
 fn command() -> impl Strategy<Value = Command> {
@@ -82,6 +86,7 @@ fn command() -> impl Strategy<Value = Command> {
             value
         }),
         any::<Option<u8>>().prop_map(|pattern| Command::Format { pattern }),
+        vec((lba(), lba(), blocks()), 0..4).prop_map(|segments| Command::Copy { segments }),
     ]
 }
 
@@ -196,6 +201,27 @@ fn play(disk: &mut Disk, model: &mut Model, command: Command) -> Result<(), Test
             prop_assert_eq!(reply.status == Status::Good, range.is_some());
             for known in range.map_or(&mut [][..], |range| &mut model.0[range]) {
                 *known = known.map(|known| known | value);
+            }
+        }
+        Command::Copy { segments } => {
+            let descriptors =
+                segments.iter().map(|&(from, to, blocks)| block_to_block(from, to, blocks.into()));
+            let list = parameter_list(0, 0, &[cscd(NAA)], &descriptors.collect::<Vec<_>>());
+            let reply = disk.write(&extended_copy(&list), &list);
+            let ranges = segments.iter().map(|&(from, to, blocks)| {
+                let fits = |lba: u64| lba + u64::from(blocks) <= BLOCKS;
+                let apart = from + u64::from(blocks) <= to || to + u64::from(blocks) <= from;
+                (fits(from) && fits(to) && (apart || blocks == 0)).then_some((from, to, usize::from(blocks)))
+            });
+            let ranges: Option<Vec<_>> = ranges.collect();
+            prop_assert_eq!(reply.status == Status::Good, ranges.is_some());
+            for (from, to, blocks) in ranges.into_iter().flatten() {
+                let source = model.0[from as usize * BLOCK..][..blocks * BLOCK].to_vec();
+                let range = to as usize * BLOCK..to as usize * BLOCK + blocks * BLOCK;
+                model.0[range.clone()].copy_from_slice(&source);
+                if disk.lu.capabilities().flush && !disk.lu.has_write_cache() {
+                    prop_assert!(!disk.volatile[range].contains(&true));
+                }
             }
         }
         Command::Format { pattern } => {

@@ -3,6 +3,7 @@
 use tcmu::scsi::opcodes::{self, Direction};
 use tcmu::scsi::{Capabilities, Sense};
 
+use crate::copy::{extended_copy, parameter_list};
 use crate::disk::{ALL, Buffer, Disk, assert_check, assert_good, assert_invalid_field, fields};
 
 const RCTD: u8 = 0x80;
@@ -92,9 +93,16 @@ fn valid(opcode: u8, service_action: Option<u16>, length: usize) -> Vec<u8> {
     cdb
 }
 
+/// So that there is a copy for RECEIVE COPY STATUS to tell of.
+fn copy_nothing(disk: &mut Disk) {
+    let list = parameter_list(0, 0, &[], &[]);
+    assert_good(disk.write(&extended_copy(&list), &list));
+}
+
 #[test]
 fn every_listed_command_is_answered() {
     let mut disk = Disk::new(16, ALL);
+    copy_nothing(&mut disk);
     for (opcode, action, length) in dispatched(&mut disk) {
         let reply = disk.write(&valid(opcode, action, length), &data_out(opcode));
         assert_good(reply);
@@ -189,6 +197,7 @@ fn a_cdb_that_is_too_short_is_refused() {
 #[test]
 fn what_follows_the_cdb_is_ignored() {
     let mut disk = Disk::new(16, ALL);
+    copy_nothing(&mut disk);
     for (opcode, action, length) in dispatched(&mut disk) {
         let mut cdb = valid(opcode, action, length);
         cdb.extend([0xff; 20]);
@@ -241,6 +250,10 @@ fn the_list() {
         "WRITE(32)",
         "WRITE AND VERIFY(32)",
         "WRITE SAME(32)",
+        "EXTENDED COPY(LID1)",
+        "RECEIVE COPY STATUS(LID1)",
+        "RECEIVE COPY OPERATING PARAMETERS",
+        "RECEIVE COPY FAILURE DETAILS(LID1)",
         "READ(16)",
         "COMPARE AND WRITE",
         "WRITE(16)",

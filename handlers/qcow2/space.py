@@ -1,0 +1,331 @@
+"""Free space in the file: holes that may be used again, and growth at the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from .storage import Storage
+
+SECTOR = 512
+_REGION_BITS = 20
+_REGION = 1 << (_REGION_BITS - 9)
+"""Sectors of a region: its users are counted together."""
+_MAX_REGIONS = 8192
+"""Regions whose sectors are counted: 2 KiB of memory each. In others only whole clusters are used again."""
+_EXACT = 64
+"""Holes of up to so many sectors are found by their exact length."""
+_MAX_HOLES = 50_000
+_TRIES = 8
+"""Holes of a length that are looked at, for one with the right alignment."""
+_STEP = 8 << 20
+
+
+class Holes:
+    """Free runs of sectors, found by length; neighbours are one."""
+
+    def __init__(self) -> None:
+        self.sectors = 0
+        self._lengths: dict[int, int] = {}
+        self._starts: dict[int, int] = {}
+        self._classes: list[dict[int, None]] = [{} for _ in range(_EXACT + 64)]
+        # Bit n: there are holes of class n.
+        self._present = 0
+
+    @staticmethod
+    def _class(length: int) -> int:
+        return length if length <= _EXACT else _EXACT + length.bit_length()
+
+    def _insert(self, start: int, length: int) -> None:
+        self._lengths[start] = length
+        self._starts[start + length] = start
+        number = self._class(length)
+        self._classes[number][start] = None
+        self._present |= 1 << number
+        self.sectors += length
+
+    def _remove(self, start: int) -> int:
+        length = self._lengths.pop(start)
+        del self._starts[start + length]
+        number = self._class(length)
+        del self._classes[number][start]
+        if not self._classes[number]:
+            self._present &= ~(1 << number)
+        self.sectors -= length
+        return length
+
+    def add(self, start: int, length: int) -> None:
+        """These sectors are free now."""
+        before = self._starts.get(start)
+        if before is not None:
+            length += self._remove(before)
+            start = before
+        if start + length in self._lengths:
+            length += self._remove(start + length)
+        # More than can be remembered: small ones are lost until the next open.
+        if len(self._lengths) < _MAX_HOLES or length > _EXACT:
+            self._insert(start, length)
+
+    def take(self, length: int, alignment: int = 1) -> int | None:
+        """The start of so many sectors, at a multiple of `alignment`; None if there is no such hole.
+
+        Args:
+            length: In sectors.
+            alignment: In sectors.
+        """
+        least = self._class(length)
+        present = self._present >> least
+        while present:
+            skip = (present & -present).bit_length() - 1
+            for tried, start in enumerate(self._classes[least + skip]):
+                if tried == _TRIES:
+                    break
+                first = -(-start // alignment) * alignment
+                if first + length <= start + self._lengths[start]:
+                    self._cut(start, first, length)
+                    return first
+            present &= present - 1
+        return None
+
+    def _cut(self, start: int, first: int, length: int) -> None:
+        stop = start + self._remove(start)
+        if first > start:
+            self._insert(start, first - start)
+        if first + length < stop:
+            self._insert(first + length, stop - first - length)
+
+    def take_last(self, stop: int) -> int | None:
+        """Removes the hole that ends at `stop`, and returns its start; None if there is none."""
+        start = self._starts.get(stop)
+        if start is not None:
+            self._remove(start)
+        return start
+
+
+class Space:
+    """Decides where new data goes. A place is taken here first, and gets a refcount when it is used.
+
+    Args:
+        storage: The image.
+        cluster_bits: Of it.
+        end: Bytes of it that are in use: what is behind is free.
+        packed: Clusters are shared by compressed ones, so sectors have to be counted.
+    """
+
+    def __init__(self, storage: Storage, cluster_bits: int, end: int, *, packed: bool) -> None:
+        self.holes = Holes()
+        self.clusters = Holes()
+        self.end = end
+        self.packed = packed
+        self.punched = False
+        self._storage = storage
+        self._cluster_size = 1 << cluster_bits
+        self._per_cluster = self._cluster_size >> 9
+        self._users: dict[int, bytearray] = {}
+        self._reserved_end = end
+        self._reserved = 0
+        self._can_reserve = True
+        # While the image is looked through: what is free between these two is found by that, and not yet to be used.
+        self._walked = self._unknown = 0
+
+    # Reservations.
+
+    def reserve(self, length: int) -> None:
+        """Sees to it that so many bytes more can be written, whatever happens. Blocks for microseconds.
+
+        Raises:
+            OSError: There is no more space (ENOSPC, EDQUOT, EFBIG).
+        """
+        wanted = self._reserved + length
+        if self._can_reserve and self.end + wanted > self._reserved_end:
+            self._grow(wanted)
+        self._reserved = wanted
+
+    def _grow(self, wanted: int) -> None:
+        start = max(self._reserved_end, self.end)
+        need = self.end + wanted - start
+        for step in (max(_STEP, need), need):
+            try:
+                self._can_reserve = self._storage.allocate(start, step)
+            except OSError as error:
+                # Behind the limits of the file, or of the file system, there may be holes still.
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise
+                last = error.errno
+                continue
+            self._reserved_end = start + step
+            return
+        free = self.holes.sectors // 2 + self.clusters.sectors
+        if not self.punched and free * SECTOR >= wanted - max(0, self._reserved_end - self.end):
+            return
+        raise OSError(last, os.strerror(last))
+
+    def release(self, length: int) -> None:
+        """What was reserved is used, or not needed."""
+        self._reserved -= length
+
+    # Allocation.
+
+    def take_clusters(self, count: int) -> int:
+        """Offset of clusters that nobody uses, and that are used from now on."""
+        for holes in (self.clusters, self.holes):
+            start = holes.take(count * self._per_cluster, self._per_cluster)
+            if start is not None:
+                at = self._backed(start * SECTOR, count * self._cluster_size)
+                break
+        else:
+            self._align()
+            at = self._extend(count * self._cluster_size)
+        if self.packed:
+            self.use(at, count * self._cluster_size)
+        return at
+
+    def take_sectors(self, length: int) -> int | None:
+        """Offset of a hole for `length` bytes; None if there is none."""
+        start = self.holes.take(-(-length // SECTOR))
+        return None if start is None else self._backed(start * SECTOR, length)
+
+    def take_run(self, length: int) -> int:
+        """Offset of `length` bytes that follow each other, in clusters that are free, or at the end."""
+        count = -(-length // self._cluster_size)
+        start = self.clusters.take(count * self._per_cluster, self._per_cluster)
+        if start is not None:
+            return self._backed(start * SECTOR, count * self._cluster_size)
+        if self.knows(self.end) or self.knows(self.end - 1):
+            return self._extend(-(-length // SECTOR) * SECTOR)
+        # Nobody counts sectors here: a cluster belongs to one run.
+        self._align()
+        return self._extend(count * self._cluster_size)
+
+    def _align(self) -> None:
+        """Makes the end that of a cluster; what is left over is a hole."""
+        rest = -self.end % self._cluster_size
+        if rest:
+            at = self._extend(rest)
+            if self.knows(at):
+                self.holes.add(at // SECTOR, rest // SECTOR)
+
+    def _extend(self, length: int) -> int:
+        at = self.end
+        self.end += length
+        if self.packed:
+            for region in range(at >> _REGION_BITS, ((self.end - 1) >> _REGION_BITS) + 1):
+                if region not in self._users and len(self._users) < _MAX_REGIONS:
+                    self._users[region] = bytearray(_REGION)
+        return at
+
+    def _backed(self, offset: int, length: int) -> int:
+        if self.punched and self._can_reserve:
+            self._storage.allocate(offset, length)
+        return offset
+
+    # Users of sectors, where they are counted.
+
+    def use(self, offset: int, length: int) -> None:
+        """One more user of each sector that the range touches."""
+        for sector in range(offset >> 9, ((offset + length - 1) >> 9) + 1):
+            users = self._users.get(sector >> (_REGION_BITS - 9))
+            if users is not None and users[sector & (_REGION - 1)] < 255:
+                users[sector & (_REGION - 1)] += 1
+
+    def free(self, offset: int, length: int) -> None:
+        """One user less; sectors without any are holes, where that is known."""
+        start = count = 0
+        for sector in range(offset >> 9, ((offset + length - 1) >> 9) + 1):
+            users = self._users.get(sector >> (_REGION_BITS - 9))
+            # 255 is more than was counted.
+            if users is None or users[sector & (_REGION - 1)] in (0, 255):
+                continue
+            users[sector & (_REGION - 1)] -= 1
+            if users[sector & (_REGION - 1)] or self._walked <= sector << 9 < self._unknown:
+                continue
+            if count and start + count == sector:
+                count += 1
+                continue
+            if count:
+                self.holes.add(start, count)
+            start, count = sector, 1
+        if count:
+            self.holes.add(start, count)
+
+    def knows(self, offset: int) -> bool:
+        """Whether the sectors there are counted."""
+        return offset >> _REGION_BITS in self._users
+
+    def free_cluster(self, offset: int) -> None:
+        """Nobody uses this cluster any more."""
+        found_later = self._walked <= offset < self._unknown
+        if offset >> _REGION_BITS not in self._users:
+            if not found_later:
+                self.clusters.add(offset // SECTOR, self._per_cluster)
+            return
+        first = offset // SECTOR
+        for sector in range(first, first + self._per_cluster):
+            users, at = self._users.get(sector >> (_REGION_BITS - 9)), sector & (_REGION - 1)
+            # Those without users are holes already.
+            if users is not None and users[at]:
+                users[at] = 0
+                if not found_later:
+                    self.holes.add(sector, 1)
+
+    # Looking through an image that others have written.
+
+    def begin_scan(self) -> None:
+        """From now on what is below the end is looked through: first all maps, then all clusters in order."""
+        self._unknown = self.end
+        if self.packed:
+            for region in range(min(-(-self.end >> _REGION_BITS), _MAX_REGIONS // 2)):
+                self._users[region] = bytearray(_REGION)
+
+    def walk(self, offset: int, *, used: bool) -> None:
+        """The next cluster: whether it has users, as the refcounts say."""
+        first = offset // SECTOR
+        if offset >> _REGION_BITS not in self._users:
+            if not used:
+                self.clusters.add(first, self._per_cluster)
+        elif self._per_cluster > _REGION:
+            self._count_whole(first, used=used)
+        else:
+            users, at = self._users[offset >> _REGION_BITS], first & (_REGION - 1)
+            counted = users[at : at + self._per_cluster]
+            if not any(counted) and used:
+                # A table, or something that others keep here.
+                users[at : at + self._per_cluster] = b"\xff" * self._per_cluster
+            elif not all(counted):
+                for index, count in enumerate(counted):
+                    if not count:
+                        self.holes.add(first + index, 1)
+        self._walked = offset + self._cluster_size
+
+    def _count_whole(self, first: int, *, used: bool) -> None:
+        """A cluster of several regions is used, or not, as a whole."""
+        for sector in range(first, first + self._per_cluster):
+            users = self._users.get(sector >> (_REGION_BITS - 9))
+            if users is not None and used:
+                users[sector & (_REGION - 1)] = 255
+        if not used:
+            self.holes.add(first, self._per_cluster)
+
+    def walk_free(self, offset: int, stop: int) -> None:
+        """Clusters that are all free."""
+        self.clusters.add(offset // SECTOR, (stop - offset) // SECTOR)
+        self._walked = stop
+
+    def end_scan(self) -> None:
+        """Everything is known."""
+        self._walked = self._unknown = 0
+
+    def trim(self, offset: int, length: int) -> int:
+        """Where the file may end: behind the last cluster in use, if `offset` and `length` (the log) are free."""
+        end = self.end
+        while True:
+            last = max(
+                (h for h in (self.holes.take_last(end >> 9), self.clusters.take_last(end >> 9)) if h is not None),
+                default=None,
+            )
+            if last is not None:
+                end = last * SECTOR
+            elif end == offset + length:
+                end = offset
+            else:
+                return -(-end // self._cluster_size) * self._cluster_size

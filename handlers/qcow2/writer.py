@@ -1,0 +1,991 @@
+"""Writing: the cache of dirty clusters, destaging, group commit, checkpoints, and the life of the log."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import secrets
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import trio
+
+from tcmu_rs import IoVec
+
+from ._errors import Qcow2Error
+from .cache import UNIT, Entry, runs
+from .changes import Changes
+from .header import DATA_FILE, DIRTY, SECTOR, LogPlace, with_log, without_log
+from .image import Image
+from .log import SAVED_SECTOR, STATES, Chain, Log, Record
+from .pages import Cold
+from .refcounts import Refcounts
+from .scanner import Scanner
+from .space import Space
+from .tables import COMPRESSED, COPIED, OFFSET, SUBCLUSTERS, ZERO
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+CACHE = 16 << 20
+"""Bytes of dirty clusters that are kept in memory."""
+IDLE = 1.0
+"""Seconds without a write after which everything is written back."""
+_BATCH = 512 << 10
+"""Bytes of clusters that are compressed at once."""
+_MAX_LOG = 16 << 20
+_MIN_LOG = 4 << 20
+_DESTAGERS = 2
+_PATIENCE = 64
+_ZEROES_AT_ONCE = 256
+"""Clusters that are discarded before others may do something."""
+_TABLES_AT_ONCE = 1024
+_PAGES = 4
+"""Pages of L2 and refcounts that one change of the map dirties, at most, where the tables are there."""
+_MANY_DROPPED = 4096
+_SMALL = 64 << 20
+"""Bytes of an image that is looked through at once, before the first change."""
+
+
+class _CacheFullError(Exception):
+    """There is no room for another dirty cluster now."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """A dirty cluster on its way to the file.
+
+    Attributes:
+        cluster: Of the guest.
+        entry: In the cache.
+        version: Of the entry when it was copied.
+        data: The copy.
+        stored: What is written; None for a plain cluster; empty for zeroes.
+        place: Where.
+        crc: Of what is stored.
+    """
+
+    cluster: int
+    entry: Entry
+    version: int
+    data: bytes
+    stored: bytes | None = None
+    place: int = 0
+    crc: int = 0
+    virgin: bool = False
+
+
+class Writer:
+    """Changes an image that is open for writing. Its methods belong to the event loop.
+
+    Args:
+        image: What to change.
+        compress: Write compressed clusters.
+        chain: What recovery found in the log.
+        cache_size: Bytes of dirty clusters to keep.
+        log_size: Bytes of the log; by default it goes with the size of the disk.
+        idle: Seconds without a write after which everything is written back; None for never.
+
+    Raises:
+        Qcow2Error: The image cannot be written.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        *,
+        compress: bool,
+        chain: Chain | None = None,
+        cache_size: int = CACHE,
+        log_size: int | None = None,
+        idle: float | None = IDLE,
+    ) -> None:
+        header = image.header
+        if header.incompatible & DATA_FILE:
+            raise Qcow2Error(f"{image.storage.path} has an external data file: attach it read-only")
+        if header.incompatible & DIRTY and chain is None:
+            raise Qcow2Error(
+                f"the refcounts of {image.storage.path} are not up to date: run `qemu-img check -r all`, "
+                "or attach it read-only"
+            )
+        # A cluster has to be able to be shared by many.
+        self._compress = compress and header.refcount_order >= 3
+        self._image = image
+        self._storage = image.storage
+        self._header = header
+        self._pages = image.pages
+        self._bits = header.cluster_bits
+        self._cluster_size = header.cluster_size
+        self._in_cluster = header.cluster_size - 1
+        self._cache: dict[int, Entry] = image.cache  # type: ignore[assignment]
+        self._limit = max(4, cache_size >> self._bits)
+        # What one change of the map may dirty: L2 and refcounts, a new L2 table, a new refcount block.
+        self._worst = 2 * self._cluster_size + 6 * self._pages.size
+        self._log_size = max(log_size or min(_MAX_LOG, max(_MIN_LOG, image.size >> 6)), STATES + 8 * self._worst)
+        # The same of changes that are on their way.
+        self._promised = 0
+        self._idle = idle
+        self._chain = chain
+        self._log: Log | None = None
+        self._space: Space
+        self._changes: Changes
+        self._sector = b""
+        # Bytes of pieces that no record has, and of those that one has.
+        self._unlogged = self._logged = 0
+        self._unlogged_entries: dict[int, Entry] = {}
+        self._unsynced = False
+        self._failed: OSError | None = None
+        self._destage_error: OSError | None = None
+        self._commits = 0
+        self._writes = 0
+        self._commit_lock = trio.Lock()
+        self._start_lock = trio.Lock()
+        self._checkpointing: trio.Event | None = None
+        self._gate: trio.Event | None = None
+        self._room = trio.lowlevel.ParkingLot()
+        self._work = trio.lowlevel.ParkingLot()
+        self._closing = trio.Event()
+        self._background = 0
+        self._ended = trio.Event()
+        # A frame takes at least so much of a host cluster, so that its refcount suffices.
+        self._least = max(1, self._cluster_size // min(1 << 62, (1 << (1 << header.refcount_order)) // 2))
+        self.counters = {"destaged": 0, "in_place": 0, "commits": 0, "checkpoints": 0, "compressed": 0, "stored": 0}
+
+    @property
+    def active(self) -> bool:
+        """Whether the log is in the file."""
+        return self._log is not None
+
+    @property
+    def dirty(self) -> int:
+        """Bytes of clusters that are newer in memory."""
+        return len(self._cache) << self._bits
+
+    # Commands.
+
+    async def write(self, offset: int, iov: IoVec) -> None:
+        """Stores; it is durable after the next flush."""
+        await self._start()
+        self._writes += 1
+        total = iov.nbytes
+        done = 0
+        while done < total:
+            within = (offset + done) & self._in_cluster
+            step = min(self._cluster_size - within, total - done)
+            part = iov if step == total else iov.slice(done, done + step)
+            cluster = (offset + done) >> self._bits
+            await self._retry(lambda c=cluster, w=within, p=part: self._put(c, w, p))  # type: ignore[misc]
+            done += step
+
+    async def write_zeroes(self, offset: int, length: int) -> None:
+        """Zeroes; whole clusters are freed."""
+        await self._start()
+        self._writes += 1
+        stop = offset + length
+        # Behind the end of the disk there is nothing to keep.
+        reach = stop if stop < self._image.size else -(-stop >> self._bits) << self._bits
+        count = 0
+        while offset < stop:
+            within = offset & self._in_cluster
+            step = min(self._cluster_size - within, stop - offset)
+            cluster = offset >> self._bits
+            if within == 0 and offset + self._cluster_size <= reach:
+                skip = self._empty_from(cluster, (reach - offset) >> self._bits)
+                if skip:
+                    offset += skip << self._bits
+                    await trio.lowlevel.checkpoint()
+                    continue
+                await self._retry(lambda c=cluster: self._zero(c))  # type: ignore[misc]
+            else:
+                await self._retry(lambda c=cluster, w=within, s=step: self._zero_part(c, w, s))  # type: ignore[misc]
+            offset += step
+            count += 1
+            if count % _ZEROES_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        await self._relieve()
+
+    async def flush(self) -> None:
+        """Makes durable what was written before; one fdatasync serves all who wait."""
+        if self._log is None:
+            return
+        wanted = self._commits
+        async with self._commit_lock:
+            self._check()
+            if self._commits > wanted:
+                return
+            with trio.CancelScope(shield=True):
+                await self._commit()
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise OSError(self._failed.errno, f"an earlier flush failed, nothing is written any more: {self._failed}")
+
+    async def _retry(self, change: Callable[[], None]) -> None:
+        """Makes a change, which does nothing if it raises, until there is what it needs."""
+        reclaimed = False
+        while True:
+            await self._afford(self._worst)
+            try:
+                change()
+                break
+            except Cold as cold:
+                await trio.to_thread.run_sync(cold.warm)
+            except _CacheFullError:
+                self._call_destagers()
+                await self._wait_for_room()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or reclaimed:
+                    raise
+                # What was freed can be used again after a record.
+                reclaimed = True
+                await self.flush()
+        await self._relieve()
+
+    async def _wait_for_room(self) -> None:
+        if not self._background:
+            await self.destage()
+            return
+        if self._destage_error is not None:
+            error, self._destage_error = self._destage_error, None
+            raise error
+        await self._room.park()
+
+    async def _relieve(self) -> None:
+        """Lets the log have what it has not, before it is too much for a record."""
+        log = self._log
+        assert log is not None
+        if self._changed > log.half_size // 16:
+            await self.flush()
+
+    @property
+    def _changed(self) -> int:
+        """Bytes of a record for the changes of the map, at most."""
+        changes = self._changes
+        named = 8 * len(changes.settled) + 16 * len(changes.extents)
+        return len(self._pages.changed) * (self._pages.size * 65 // 64 + 8) + named
+
+    async def _afford(self, worst: int, *, locked: bool = False) -> None:
+        """Waits until so many bytes of metadata more can be dirty: all that is has to fit into half of the log.
+
+        Args:
+            worst: Bytes.
+            locked: The caller has the lock of the commits.
+        """
+        log = self._log
+        assert log is not None
+        while True:
+            self._check()
+            dirty = len(self._pages.dirty) * self._pages.size
+            if dirty + self._promised + worst <= log.half_size // 2:
+                return
+            if not dirty:
+                if not self._promised:
+                    return
+                await self._room.park()
+            elif locked:
+                await self._checkpoint()
+            else:
+                async with self._commit_lock:
+                    self._check()
+                    with trio.CancelScope(shield=True):
+                        await self._checkpoint()
+
+    # Changes, at once and in memory.
+
+    def _put(self, cluster: int, within: int, part: IoVec) -> None:
+        """Takes a part of a cluster, or all of it, into the cache, or writes it in place."""
+        length = part.nbytes
+        entry = self._cache.get(cluster)
+        if entry is None:
+            host = self._place_of(cluster, within, length)
+            if host:
+                self._storage.pwrite(host + within, part)
+                self._unsynced = True
+                self.counters["in_place"] += 1
+                return
+            entry = self._add_entry(cluster, whole=length == self._cluster_size)
+        part.copy_into(memoryview(entry.data)[within : within + length])
+        if not entry.unlogged:
+            self._unlogged_entries[cluster] = entry
+        self._unlogged += entry.mark(within, length)
+
+    def _add_entry(self, cluster: int, *, whole: bool) -> Entry:
+        if len(self._cache) >= self._limit:
+            raise _CacheFullError
+        data = bytearray(self._cluster_size)
+        if not whole:
+            self._image.read(cluster << self._bits, IoVec([data]), wait=False)
+        cost = self._cluster_size + 2 * SECTOR
+        if self._changes.needs_table(cluster):
+            cost += self._cluster_size
+        self._space.reserve(cost)
+        entry = self._cache[cluster] = Entry(data, cost)
+        if len(self._cache) > self._limit // 2:
+            self._call_destagers()
+        return entry
+
+    def _place_of(self, cluster: int, within: int, length: int) -> int:
+        """Offset of the host cluster if it can be written in place, else 0."""
+        word = self._image.tables.entry(cluster, wait=False)
+        if not word & COPIED or word & COMPRESSED:
+            return 0
+        if self._header.extended_l2:
+            size = self._cluster_size // SUBCLUSTERS
+            first, last = within // size, (within + length - 1) // size
+            wanted = (1 << (last + 1)) - (1 << first)
+            if self._image.tables.bitmap(cluster, wait=False) & wanted != wanted:
+                return 0
+        elif word & ZERO:
+            return 0
+        return self._image.tables.host(word)
+
+    def _empty_from(self, cluster: int, count: int) -> int:
+        """How many clusters from the first of an L2 table on, of `count`, have no table and nothing below."""
+        tables = self._image.tables
+        size = 1 << tables.l2_bits
+        if cluster % size or self._image.backing is not None:
+            return 0
+        first = cluster >> tables.l2_bits
+        cached = {dirty >> tables.l2_bits for dirty in self._cache}
+        for number in range(min(count >> tables.l2_bits, _TABLES_AT_ONCE)):
+            if first + number in cached or tables.l1(first + number) & OFFSET:
+                return number << tables.l2_bits
+        return min(count >> tables.l2_bits, _TABLES_AT_ONCE) << tables.l2_bits
+
+    def _zero(self, cluster: int) -> None:
+        """A whole cluster is zero."""
+        if self._changes.needs_table(cluster) and self._changes.shines_through(cluster):
+            self._space.reserve(2 * self._cluster_size)
+            self._space.release(2 * self._cluster_size)
+        try:
+            mapped = self._changes.map_zero(cluster)
+        except Exception as error:
+            self._fail(OSError(errno.EUCLEAN, str(error)))
+            raise
+        if mapped:
+            entry = self._cache.pop(cluster, None)
+            if entry is not None:
+                self._forget(cluster, entry)
+        else:
+            self._put(cluster, 0, IoVec([bytes(self._cluster_size)]))
+
+    def _zero_part(self, cluster: int, within: int, length: int) -> None:
+        if cluster not in self._cache:
+            parts = self._image.extents((cluster << self._bits) + within, length, wait=False)
+            if all(part.kind == 1 or (part.kind == 0 and not self._changes.shines_through(cluster)) for part in parts):
+                return
+        self._put(cluster, within, IoVec([bytes(length)]))
+
+    def _forget(self, cluster: int, entry: Entry) -> None:
+        """An entry has left the cache."""
+        self._unlogged_entries.pop(cluster, None)
+        self._logged -= entry.logged.bit_count() * UNIT
+        self._unlogged -= entry.unlogged.bit_count() * UNIT
+        self._space.release(entry.cost)
+        # Whoever is destaging it sees that it is not what it was.
+        entry.version += 1
+        if len(self._cache) < self._limit:
+            self._room.unpark_all()
+
+    # Destaging.
+
+    def _call_destagers(self) -> None:
+        self._work.unpark_all()
+
+    async def _destager(self) -> None:
+        try:
+            while not self._closing.is_set():
+                many_logged = self._log is not None and self._logged > self._log.half_size // 8
+                keep = 0 if many_logged else self._limit * 3 // 8
+                batch = [] if self._failed else self._pick(self._batch, keep)
+                if not batch:
+                    await self._work.park()
+                    continue
+                await self._try(self._destage, batch)
+                # What was freed is used again only after a record, and one must not become too large.
+                if len(self._changes.dropped) > _MANY_DROPPED or self._changed > self._log_size // 32:
+                    await self._try(self.flush)
+        finally:
+            self._leave()
+
+    async def _keeper(self) -> None:
+        """Writes everything back when nobody has written for a while."""
+        assert self._idle is not None
+        last = clean = -1
+        try:
+            while not self._closing.is_set():
+                with trio.move_on_after(self._idle):
+                    await self._closing.wait()
+                    break
+                now = self._writes
+                if now == last and now != clean and not self._failed:
+                    await self._try(self.destage)
+                    await self._try(self.checkpoint)
+                    clean = now
+                last = now
+        finally:
+            self._leave()
+
+    async def _try(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Runs what nobody waits for: whoever needs it to succeed finds out."""
+        try:
+            await function(*arguments)
+        except OSError as error:
+            logger.warning("%s: what is dirty cannot be written back: %s", self._storage.path, error)
+            self._destage_error = error
+            self._room.unpark_all()
+            with trio.move_on_after(1):
+                await self._closing.wait()
+        except Exception as error:
+            logger.exception("%s: writing back failed", self._storage.path)
+            self._fail(OSError(errno.EIO, str(error)))
+
+    def _leave(self) -> None:
+        self._background -= 1
+        if not self._background:
+            self._ended.set()
+            self._room.unpark_all()
+
+    def _pick(self, room: int, keep: int) -> list[tuple[int, Entry]]:
+        """Entries to destage, the oldest first; those that were changed lately get another turn."""
+        found = []
+        wanted = min(len(self._cache) - keep, room)
+        if wanted <= 0:
+            return []
+        later = []
+        for cluster, entry in self._cache.items():
+            if entry.busy:
+                continue
+            if entry.touched and keep:
+                entry.touched = False
+                later.append(cluster)
+                if len(later) > 4 * room:
+                    break
+                continue
+            found.append((cluster, entry))
+            if len(found) == wanted:
+                break
+        if not found and later:
+            found = [(cluster, self._cache[cluster]) for cluster in later[:wanted]]
+        for cluster in later:
+            self._cache[cluster] = self._cache.pop(cluster)
+        found.sort(key=lambda pair: pair[0])
+        return found
+
+    async def destage(self, *, logged_only: bool = False, locked: bool = False) -> None:
+        """Writes back what is dirty now; what is changed meanwhile may stay.
+
+        Args:
+            logged_only: Leave alone what no record has.
+            locked: The caller has the lock of the commits.
+        """
+        versions = {cluster: entry.version for cluster, entry in self._cache.items() if entry.logged or not logged_only}
+        while versions:
+            batch = []
+            for cluster in list(versions):
+                entry = self._cache.get(cluster)
+                if entry is None:
+                    del versions[cluster]
+                elif not entry.busy:
+                    del versions[cluster]
+                    batch.append((cluster, entry))
+                    if len(batch) >= self._batch:
+                        break
+            if batch:
+                await self._destage(sorted(batch, key=lambda pair: pair[0]), locked=locked)
+            elif versions:
+                await self._room.park() if self._background else await trio.lowlevel.checkpoint()
+
+    async def _destage(self, batch: Sequence[tuple[int, Entry]], *, locked: bool = False) -> None:
+        """Compresses, writes, and then changes the map where nobody has written meanwhile."""
+        with trio.CancelScope(shield=True):
+            jobs = self._jobs(batch)
+            placed: list[_Job] = []
+            worst = self._cost(jobs)
+            try:
+                await self._afford(worst, locked=locked)
+            except BaseException:
+                for job in jobs:
+                    job.entry.busy = False
+                raise
+            self._promised += worst
+            try:
+                await trio.to_thread.run_sync(self._prepare, jobs)
+                plan = self._place(jobs, placed)
+                await trio.to_thread.run_sync(self._write_out, plan)
+                while self._gate is not None:
+                    await self._gate.wait()
+            except BaseException:
+                self._give_back(placed)
+                raise
+            else:
+                self._settle(jobs)
+            finally:
+                self._promised -= worst
+                for job in jobs:
+                    job.entry.busy = False
+                self._room.unpark_all()
+
+    def _destage_now(self, batch: Sequence[tuple[int, Entry]]) -> None:
+        """The same at once, so that nobody can write meanwhile. Others wait, so it is the last resort."""
+        jobs = self._jobs(batch)
+        placed: list[_Job] = []
+        try:
+            self._prepare(jobs)
+            self._write_out(self._place(jobs, placed))
+        except BaseException:
+            self._give_back(placed)
+            raise
+        finally:
+            for job in jobs:
+                job.entry.busy = False
+        self._settle(jobs)
+
+    def _jobs(self, batch: Sequence[tuple[int, Entry]]) -> list[_Job]:
+        jobs = []
+        for cluster, entry in batch:
+            entry.busy = True
+            jobs.append(_Job(cluster, entry, entry.version, bytes(entry.data)))
+        return jobs
+
+    @property
+    def _batch(self) -> int:
+        """How many clusters are destaged together."""
+        assert self._log is not None
+        room = self._log.half_size // 4
+        most = _BATCH >> self._bits
+        return max(1, most if self._all_metadata() <= room else min(most, room // (_PAGES * self._pages.size)))
+
+    def _cost(self, jobs: Sequence[_Job]) -> int:
+        """Bytes of metadata that these may dirty, at most."""
+        tables = {job.cluster >> self._image.tables.l2_bits for job in jobs if self._changes.needs_table(job.cluster)}
+        cost = len(jobs) * _PAGES * self._pages.size + len(tables) * (self._cluster_size + self._worst // 2)
+        return min(cost, self._all_metadata())
+
+    def _all_metadata(self) -> int:
+        """Bytes of all tables that the map can have, at most."""
+        tables = self._image.tables
+        l2 = (self._image.size >> self._bits << tables.entry_bits) + 2 * self._cluster_size
+        hosts = (self._space.end >> self._bits) + (2 * _BATCH >> self._bits) + 64
+        refcounts = (hosts << self._header.refcount_order >> 3) + 2 * self._cluster_size
+        return l2 + refcounts + 4 * self._cluster_size + 8 * self._pages.size
+
+    def _prepare(self, jobs: Sequence[_Job]) -> None:
+        """In a thread: what is stored of each cluster."""
+        zeroes = bytes(self._cluster_size)
+        compress = self._image.codec.compress
+        for job in jobs:
+            if job.data == zeroes:
+                job.stored = b""
+            elif self._compress:
+                job.stored = compress(job.data)
+                if job.stored is not None:
+                    job.crc = zlib.crc32(job.stored)
+
+    def _place(self, jobs: Sequence[_Job], placed: list[_Job]) -> list[tuple[int, list[bytes]]]:
+        """Takes free space for what is stored; returns what to write where."""
+        plan: list[tuple[int, list[bytes]]] = []
+        run: list[tuple[_Job, int]] = []
+        at = 0
+        most = 1 << (self._bits - 8)
+        for job in jobs:
+            stored = job.stored
+            if stored == b"":
+                if self._header.version > 2 or not self._changes.shines_through(job.cluster):
+                    continue
+                stored = job.stored = None
+            if stored is None:
+                before = self._space.end
+                job.place = self._space.take_clusters(1)
+                job.virgin = job.place >= before
+                placed.append(job)
+                plan.append((job.place, [job.data]))
+                continue
+            hole = self._space.take_sectors(max(len(stored), self._least))
+            if hole is not None:
+                job.place = hole
+                self._space.use(hole, len(stored))
+                placed.append(job)
+                plan.append((hole, [stored]))
+                continue
+            if ((at + len(stored) - 1) >> 9) - (at >> 9) >= most:
+                at = -(-at // SECTOR) * SECTOR
+            run.append((job, at))
+            at += max(len(stored), self._least)
+        if run:
+            start = self._space.take_run(at)
+            buffers: list[bytes] = []
+            stop = 0
+            for job, place in run:
+                assert job.stored is not None
+                job.place = start + place
+                self._space.use(job.place, len(job.stored))
+                placed.append(job)
+                buffers += [bytes(place - stop), job.stored] if place > stop else [job.stored]
+                stop = place + len(job.stored)
+            plan.append((start, buffers))
+        return plan
+
+    def _write_out(self, plan: Sequence[tuple[int, list[bytes]]]) -> None:
+        """In a thread."""
+        for offset, buffers in plan:
+            self._storage.pwrite(offset, buffers)
+
+    def _give_back(self, placed: Sequence[_Job]) -> None:
+        """Nothing names these places."""
+        for job in placed:
+            if job.stored is None:
+                self._space.free_cluster(job.place)
+            else:
+                self._space.free(job.place, len(job.stored))
+
+    def _settle(self, jobs: Sequence[_Job]) -> None:
+        """The data is written: the map may say so."""
+        changes = self._changes
+        for job in jobs:
+            if self._cache.get(job.cluster) is not job.entry or job.entry.version != job.version:
+                if job.stored != b"":
+                    self._give_back([job])
+                continue
+            try:
+                if job.stored == b"":
+                    changes.map_zero(job.cluster)
+                elif job.stored is None:
+                    changes.map_plain(job.cluster, job.place)
+                else:
+                    changes.map_frame(job.cluster, job.place, len(job.stored), job.crc)
+                    self.counters["compressed"] += self._cluster_size
+                    self.counters["stored"] += len(job.stored)
+            except Exception as error:
+                # The map is changed by halves: what is in memory must never be in a record.
+                self._fail(OSError(errno.EUCLEAN, str(error)))
+                raise
+            del self._cache[job.cluster]
+            self._forget(job.cluster, job.entry)
+            self.counters["destaged"] += 1
+
+    def _fail(self, error: OSError) -> None:
+        if self._failed is None:
+            self._failed = error
+            logger.error("%s: nothing is written any more: %s", self._storage.path, error)
+        self._room.unpark_all()
+
+    # Commits and checkpoints.
+
+    async def _in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Runs what makes durable: if it fails, nothing is certain any more."""
+        try:
+            return await trio.to_thread.run_sync(function, *arguments)
+        except OSError as error:
+            self._fail(error)
+            raise
+
+    async def _commit(self) -> None:
+        """One record and one fdatasync; the lock is held."""
+        log = self._log
+        assert log is not None
+        await self._thin_out(log.half_size // 4)
+        if not self._pending():
+            self._commits += 1
+            if self._unsynced:
+                self._unsynced = False
+                await self._in_thread(self._storage.fdatasync)
+            return
+        await self._sync_fresh()
+        # Until the record is taken nothing more may come in that it has no room for.
+        while self._changed + self._unlogged * 9 // 8 + 4096 > log.room:
+            self._open_gate()
+            await self._checkpoint()
+            await self._thin_out(log.half_size // 4)
+            await self._sync_fresh()
+        try:
+            self._commits += 1
+            record, dropped, _ = self._take(images=False)
+        finally:
+            self._open_gate()
+        await self._append(log, record)
+        self._release(dropped)
+        if self._logged > log.half_size // 8:
+            self._call_destagers()
+
+    async def _append(self, log: Log, record: Record) -> None:
+        data = await self._in_thread(log.encode, record)
+        if len(data) > log.room:
+            self._fail(OSError(errno.EFBIG, f"{len(data)} bytes of changes do not fit into the log"))
+            self._check()
+        await self._in_thread(log.append, data)
+        self.counters["commits"] += 1
+
+    async def _thin_out(self, limit: int) -> None:
+        """Destages until the cache has no more than so many bytes for the log: a record of images has room for them."""
+        for _ in range(2):
+            if self._unlogged + self._logged <= limit:
+                return
+            await self.destage(locked=True)
+        while self._unlogged + self._logged > limit:
+            # Others write as fast.
+            await self._afford(self._batch * self._worst, locked=True)
+            batch = [(cluster, entry) for cluster, entry in self._cache.items() if not entry.busy][: self._batch]
+            if batch:
+                self._destage_now(batch)
+            else:
+                await self._room.park()
+
+    def _pending(self) -> bool:
+        changes = self._changes
+        return bool(self._unlogged or self._pages.changed or changes.settled or changes.dropped)
+
+    async def _sync_fresh(self) -> None:
+        """Makes plain clusters durable that the next record maps, and lets no more come until it is taken."""
+        self._gate = trio.Event()
+        try:
+            if self._changes.fresh:
+                self._changes.fresh = False
+                self._unsynced = False
+                await self._in_thread(self._storage.fdatasync)
+        except BaseException:
+            self._open_gate()
+            raise
+
+    def _open_gate(self) -> None:
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            gate.set()
+
+    def _take(self, *, images: bool) -> tuple[Record, list[tuple[int, int]], list[int]]:
+        """What changed since the last record, for this one; with `images` all that is not in the file."""
+        changes = self._changes
+        record = Record(self._pages.take_changes(images=images), sorted(changes.settled))
+        record.extents = [(offset, length, crc) for offset, (length, crc) in changes.extents.items()]
+        if images:
+            pieces = [(cluster, entry, entry.logged) for cluster, entry in self._cache.items() if entry.logged]
+        else:
+            pieces = [(cluster, entry, entry.unlogged) for cluster, entry in self._unlogged_entries.items()]
+        for cluster, entry, mask in pieces:
+            base = cluster << self._bits
+            for start, length in runs(mask):
+                record.pieces.append((base + start, bytes(entry.data[start : start + length])))
+            if not images:
+                self._logged += (mask & ~entry.logged).bit_count() * UNIT
+                entry.logged |= mask
+                entry.unlogged = 0
+        if not images:
+            self._unlogged = 0
+            self._unlogged_entries.clear()
+        self._unsynced = False
+        dropped, changes.dropped = changes.dropped, []
+        metadata: list[int] = []
+        if images:
+            metadata, changes.dropped_metadata = changes.dropped_metadata, []
+        changes.settled = set()
+        changes.extents = {}
+        return record, dropped, metadata
+
+    def _release(self, dropped: Sequence[tuple[int, int]]) -> None:
+        """Nothing durable names these places any more."""
+        for offset, length in dropped:
+            if length:
+                self._space.free(offset, length)
+            else:
+                self._changes.pending.discard(offset)
+                self._space.free_cluster(offset)
+
+    async def checkpoint(self) -> None:
+        """Brings all that is in the log into the tables."""
+        await self.destage(logged_only=True)
+        async with self._commit_lock:
+            self._check()
+            with trio.CancelScope(shield=True):
+                await self._checkpoint()
+        while self._checkpointing is not None:
+            await self._checkpointing.wait()
+
+    async def _checkpoint(self) -> None:
+        """The same, up to the record of images; the lock is held. The rest goes on behind.
+
+        What no record has is not in this one either: it is no flush.
+        """
+        log = self._log
+        assert log is not None
+        while self._checkpointing is not None:
+            await self._checkpointing.wait()
+            self._check()
+        if not (self._pages.dirty or self._logged):
+            return
+        await self._sync_fresh()
+        try:
+            record, dropped, metadata = self._take(images=True)
+            copies = [(number, words) for number, _, words in record.pages]
+            flying = self._pages.take_off()
+        finally:
+            self._open_gate()
+        seq = log.switch()
+        await self._append(log, record)
+        self.counters["checkpoints"] += 1
+        self._release(dropped)
+        self._checkpointing = trio.Event()
+        trio.lowlevel.spawn_system_task(self._bring_home, seq, copies, flying, metadata)
+
+    async def _bring_home(
+        self, seq: int, copies: list[tuple[int, bytes]], flying: list[Any], metadata: list[int]
+    ) -> None:
+        """Writes pages in place, and then the state: the other half is free."""
+        log, done = self._log, self._checkpointing
+        assert log is not None
+        assert done is not None
+
+        def write() -> None:
+            for number, words in copies:
+                # Of the header only what can change: the rest must not tear.
+                data = words[:SECTOR] if number == 0 else words
+                self._storage.pwrite(number * self._pages.size, [data])
+            log.write_state(seq)
+
+        try:
+            await trio.to_thread.run_sync(write)
+        except OSError as error:
+            self._fail(error)
+        else:
+            for page in flying:
+                page.flying = False
+            for offset in metadata:
+                self._changes.pending.discard(offset)
+                self._space.free_cluster(offset)
+        finally:
+            self._checkpointing = None
+            done.set()
+
+    # Life.
+
+    async def _start(self) -> None:
+        """Puts the log into the file before the first change."""
+        if self._log is not None:
+            self._check()
+            return
+        async with self._start_lock:
+            if self._log is None:
+                self._check()
+                with trio.CancelScope(shield=True):
+                    await self._in_thread(self._announce)
+                    await self._begin()
+
+    async def _begin(self) -> None:
+        """The tasks in the background. They end with `close`, as the handler has no nursery to lend them."""
+        tasks = [self._destager] * _DESTAGERS + ([self._keeper] if self._idle is not None else [])
+        scanner = Scanner(self._image, self._changes, self._space, self.flush)
+        if self._space.end <= _SMALL:
+            await scanner.scan(self._closing)
+        else:
+            tasks.append(lambda: self._scan(scanner))
+        self._background = len(tasks)
+        for task in tasks:
+            trio.lowlevel.spawn_system_task(task)
+
+    async def _scan(self, scanner: Scanner) -> None:
+        try:
+            await self._try(scanner.scan, self._closing)
+        finally:
+            self._leave()
+
+    def _announce(self) -> None:
+        """Makes the log, then says in the header that it is there. Blocks."""
+        storage, header = self._storage, self._header
+        end = -(-max(storage.size, self._cluster_size) >> self._bits) << self._bits
+        # Clusters may be in use that nobody has written to yet.
+        end = max(end, (Refcounts(self._pages, header).last_used(end >> self._bits) + 1) << self._bits)
+        size = -(-self._log_size >> self._bits) << self._bits
+        place = LogPlace(end, size, secrets.token_bytes(16))
+        cluster = storage.pread(0, self._cluster_size)
+        sector = cluster[:SECTOR]
+        at, extensions, opened = with_log(header, cluster, place)
+        try:
+            storage.allocate(end, size)
+            Log.prepare(storage, place, sector)
+            if extensions:
+                storage.pwrite(at, [extensions])
+                storage.fdatasync()
+        except OSError:
+            storage.truncate(end)
+            raise
+        storage.pwrite(0, [opened])
+        storage.fdatasync()
+        self._pages.forget(0, self._pages.size)
+        self._sector = sector
+        self._image.log_range = (end, end + size)
+        self._open_space(end + size)
+        self._log = Log(storage, place, self._pages.size)
+
+    def _open_space(self, end: int) -> None:
+        end = -(-end >> self._bits) << self._bits
+        self._space = Space(self._storage, self._bits, end, packed=self._compress)
+        self._changes = Changes(self._image, self._space)
+
+    async def recover(self) -> None:
+        """Goes on where a log ended: brings everything into the tables."""
+        chain = self._chain
+        assert chain is not None
+        log = chain.log
+
+        def settle() -> None:
+            for at in chain.suspects:
+                self._storage.pwrite(at, [bytes(SECTOR)])
+            self._storage.fdatasync()
+            if chain.turned is not None:
+                log.write_state(chain.turned)
+            self._image.log_range = (log.place.offset, log.place.offset + log.place.size)
+            self._sector = self._storage.pread(log.place.offset + SAVED_SECTOR, SECTOR)
+            end = max(self._storage.size, log.place.offset + log.place.size)
+            last = Refcounts(self._pages, self._header).last_used(end >> self._bits)
+            self._open_space(max(end, (last + 1) << self._bits))
+
+        await self._in_thread(settle)
+        for entry in self._cache.values():
+            entry.cost = 2 * self._cluster_size + 2 * SECTOR
+            self._logged += entry.logged.bit_count() * UNIT
+            self._space.reserve(entry.cost)
+        self._log = log
+        await self.destage()
+        await self.flush()
+        await self.checkpoint()
+        await self._begin()
+
+    async def close(self) -> None:
+        """Writes everything back, and takes the log out of the file.
+
+        Raises:
+            OSError: That failed. The log stays, and is replayed at the next open.
+        """
+        if self._log is None:
+            return
+        with trio.CancelScope(shield=True):
+            self._closing.set()
+            self._work.unpark_all()
+            if self._background:
+                await self._ended.wait()
+            self._check()
+            while self._cache or self._pages.dirty or self._pending():
+                await self.destage()
+                await self.flush()
+                await self.checkpoint()
+            self._check()
+            await self._in_thread(self._renounce)
+            self._log = None
+
+    def _renounce(self) -> None:
+        """The image is plain qcow2 again. Blocks."""
+        log, storage = self._log, self._storage
+        assert log is not None
+        now = self._pages.read(0, SECTOR)
+        sector = without_log(self._sector, now)
+        storage.pwrite(0, [sector])
+        storage.fdatasync()
+        place = log.place
+        end = self._space.trim(place.offset, place.size)
+        if end > place.offset:
+            storage.punch(place.offset, place.size)
+        storage.truncate(end)
+        # Once more: what is reserved behind the end is given back when the size does not change.
+        storage.truncate(end)
+        storage.fdatasync()
