@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 import trio
 
-from . import _devices, _doctor, _errors, _lio, _registry
+from . import _devices, _doctor, _errors, _lio, _memory, _registry
 
 _log = logging.getLogger("tcmu_rs")
 
@@ -180,6 +180,7 @@ def _options(
 @click.option("--allow-network", is_flag=True, help="Let other machines reach the portal. There is no password.")
 @click.option("--wwn", help="Serial number of the disk, a UUID.  [default: computed from name and SPEC]")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
+@click.option("--lock-memory/--no-lock-memory", default=True, show_default=True, help="Keep the server in memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def attach(
     spec: tuple[str, str],
@@ -191,6 +192,7 @@ def attach(
     block_size: str | None,
     name: str | None,
     supervise: bool,
+    lock_memory: bool,
     as_json: bool,
     **device_options: Any,
 ) -> None:
@@ -261,6 +263,7 @@ def attach(
         leave_on_error=supervise,
         **device_options,
     )
+    _memory.protect_memory(lock=lock_memory)
     trio.run(_serving.serve_until_signal, attaching, announce, leash)
 
 
@@ -269,7 +272,8 @@ def attach(
 @click.option("--replies", is_flag=True, help="Let the kernel wait for us when devices are made: see below.")
 @click.option("--copies", is_flag=True, help="Let initiators copy between the devices.")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
-def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool) -> None:
+@click.option("--lock-memory/--no-lock-memory", default=True, show_default=True, help="Keep the server in memory.")
+def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool, lock_memory: bool) -> None:
     """Serve the devices that targetcli and other programs make.
 
     Serves every user-backed device whose configuration begins with one of the HANDLERs (all that are installed, if
@@ -309,6 +313,7 @@ def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool) -
 
     copy_domain = CopyDomain() if copies else None
     serve = functools.partial(_daemon.serving, handlers, replies=replies, copy_domain=copy_domain)
+    _memory.protect_memory(lock=lock_memory)
     trio.run(_serving.serve_until_signal, serve, announce, leash)
 
 
