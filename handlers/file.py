@@ -2,53 +2,38 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import logging
 import mmap
 import os
 import stat
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
-from tcmu_rs import BlockHandler, ExtentState, IoVec, Options, blocking
+from tcmu_rs import BlockHandler, ExtentState, IoVec, Options, blocking, fallocate, fdatasync
 
 if TYPE_CHECKING:
     from typing import Self
 
 logger = logging.getLogger(__name__)
 
-_IOV_MAX = os.sysconf("SC_IOV_MAX")
-_ZEROES = memoryview(bytes(1 << 20))
+_ZEROES = bytes(1 << 20)
 _MAX_EXTENTS = 256
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _FALLOC_FL_ZERO_RANGE = 0x10
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
-
-_Call = Callable[[int, Sequence[memoryview], int, int], int]
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
-
-
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2), which `os` lacks; the GIL is released meanwhile."""
-    while _libc.fallocate(fd, mode | _FALLOC_FL_KEEP_SIZE, offset, length):
-        error = ctypes.get_errno()
-        if error != errno.EINTR:
-            raise OSError(error, os.strerror(error))
 
 
 class FileHandler(BlockHandler):
     """Blocks are where they are in the file; what was never written, or was discarded, is a hole.
 
-    The file is locked (`flock`) while it is open: exclusively, or shared when read-only. Reads that the page cache
-    has are answered in the event loop, everything else in threads.
+    The file is locked (`flock`) while it is open: exclusively, or shared when read-only. What the page cache can do is
+    done in the event loop, everything else by io_uring; without it, in threads.
 
     Args:
         path: A regular file or a block device.
@@ -126,9 +111,20 @@ class FileHandler(BlockHandler):
 
     async def open(self) -> None:
         """Opens and locks the file."""
-        await trio.to_thread.run_sync(self._open)
+        fd, made = await trio.to_thread.run_sync(self._open)
+        try:
+            self.can_discard = not self.read_only and await self._punches(fd)
+        except BaseException:
+            self._undo(fd, made)
+            raise
+        self._fd = fd
 
-    def _open(self) -> None:
+    def _undo(self, fd: int, made: bool) -> None:
+        os.close(fd)
+        if made:
+            self.path.unlink()
+
+    def _open(self) -> tuple[int, bool]:
         flags = (os.O_RDONLY if self.read_only else os.O_RDWR) | (os.O_DIRECT if self._direct else 0)
         # O_NONBLOCK means nothing to files and disks; but the opening of a FIFO would wait for its other end.
         flags |= os.O_CLOEXEC | os.O_NONBLOCK
@@ -160,14 +156,12 @@ class FileHandler(BlockHandler):
                 raise ValueError(f"{self.path} has {self.size} bytes, not the {self._wanted_size} that were asked for")
             if self._direct:
                 self._check_direct(fd)
-            self.can_discard = not self.read_only and self._punches(fd)
             self.can_extents = self._knows_holes(fd)
+            os.set_blocking(fd, True)
         except BaseException:
-            os.close(fd)
-            if made:
-                self.path.unlink()
+            self._undo(fd, made)
             raise
-        self._fd = fd
+        return fd, made
 
     def _lock(self, fd: int) -> None:
         try:
@@ -204,10 +198,10 @@ class FileHandler(BlockHandler):
                     "choose a larger --block-size, or -o direct=off"
                 ) from None
 
-    def _punches(self, fd: int) -> bool:
+    async def _punches(self, fd: int) -> bool:
         """Whether the file system can make holes; asked behind the end, where there is nothing to lose."""
         try:
-            _fallocate(fd, _FALLOC_FL_PUNCH_HOLE, self.size, 1 << 20)
+            await fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, self.size, 1 << 20)
         except OSError as error:
             # A block device has nothing behind its end (EINVAL); it says at the first discard what it can do.
             return error.errno not in _UNSUPPORTED
@@ -228,80 +222,42 @@ class FileHandler(BlockHandler):
         fd, self._fd = self._fd, -1
         try:
             if not self.read_only:
-                await trio.to_thread.run_sync(os.fdatasync, fd)
+                await fdatasync(fd)
         finally:
             os.close(fd)
 
     async def read(self, offset: int, iov: IoVec) -> None:
         """Reads into the initiator's memory."""
-        done = 0
-        # With O_DIRECT nothing is cached, and RWF_NOWAIT waits for the disk all the same.
-        if len(iov) <= _IOV_MAX and not self._direct:
-            try:
-                done = os.preadv(self._fd, iov, offset, os.RWF_NOWAIT)
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-                    raise
-            if done == iov.nbytes:
-                return
-        await trio.to_thread.run_sync(self._transfer, os.preadv, offset + done, iov.slice(done, iov.nbytes), 0)
+        await iov.read_from(self._fd, offset)
 
-    @blocking
-    def write(self, offset: int, iov: IoVec, *, fua: bool = False) -> None:
+    async def write(self, offset: int, iov: IoVec, *, fua: bool = False) -> None:
         """Writes from the initiator's memory."""
         try:
-            self._transfer(os.pwritev, offset, iov, os.RWF_DSYNC if fua else 0)
+            await iov.write_to(self._fd, offset, fua=fua)
         except OSError as error:
             if fua and error.errno == errno.EIO:
                 # The kernel has reported the failed write-back with this, whatever it was of: see `flush`.
                 self._sync_failed = error
             raise
 
-    def _transfer(self, call: _Call, offset: int, iov: IoVec, flags: int, *, aligned: bool = False) -> None:
-        """All of it, or an error."""
-        while iov.nbytes:
-            try:
-                done = call(self._fd, iov if len(iov) <= _IOV_MAX else list(iov)[:_IOV_MAX], offset, flags)
-            except OSError as error:
-                if error.errno == errno.EINVAL and self._direct and not aligned:
-                    return self._transfer_aligned(call, offset, iov, flags)
-                raise
-            if done == 0:
-                raise OSError(errno.EIO, f"{self.path} ends at {offset}: it was truncated")
-            offset += done
-            iov = iov.slice(done, iov.nbytes)
-        return None
-
-    def _transfer_aligned(self, call: _Call, offset: int, iov: IoVec, flags: int) -> None:
-        """O_DIRECT wants memory that begins and ends at blocks. The kernel's does, that of other layers need not."""
-        with mmap.mmap(-1, iov.nbytes) as memory, memoryview(memory) as view:
-            if call is os.pwritev:
-                iov.copy_into(view)
-            self._transfer(call, offset, IoVec([view]), flags, aligned=True)
-            if call is os.preadv:
-                iov.copy_from(view)
-
-    @blocking
-    def flush(self) -> None:
+    async def flush(self) -> None:
         """Makes what was written durable."""
         if self._sync_failed is not None:
             # The kernel reports a failed write-back once and drops the pages: a later success would be a lie.
             raise OSError(self._sync_failed.errno, f"data was lost by an earlier flush: {self._sync_failed}")
         try:
-            os.fdatasync(self._fd)
+            await fdatasync(self._fd)
         except OSError as error:
             self._sync_failed = error
             raise
 
-    @blocking
-    def discard(self, offset: int, length: int) -> None:
+    async def discard(self, offset: int, length: int) -> None:
         """Punches a hole."""
-        self._zero(_FALLOC_FL_PUNCH_HOLE, offset, length)
+        await self._zero(_FALLOC_FL_PUNCH_HOLE, offset, length)
 
-    @blocking
-    def write_zeroes(self, offset: int, length: int) -> None:
+    async def write_zeroes(self, offset: int, length: int) -> None:
         """Zeroes, and keeps the space."""
-        self._zero(_FALLOC_FL_ZERO_RANGE, offset, length)
+        await self._zero(_FALLOC_FL_ZERO_RANGE, offset, length)
 
     @blocking
     def extents(self, offset: int, length: int) -> list[tuple[int, ExtentState]]:
@@ -325,12 +281,12 @@ class FileHandler(BlockHandler):
             offset = data
         return found
 
-    def _zero(self, mode: int, offset: int, length: int) -> None:
+    async def _zero(self, mode: int, offset: int, length: int) -> None:
         try:
-            _fallocate(self._fd, mode, offset, length)
+            await fallocate(self._fd, mode | _FALLOC_FL_KEEP_SIZE, offset, length)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise
-            for at in range(offset, offset + length, len(_ZEROES)):
-                part = IoVec([_ZEROES[: min(len(_ZEROES), offset + length - at)]])
-                self._transfer(os.pwritev, at, part, 0)
+            zeroes = IoVec([_ZEROES])
+            for at in range(offset, offset + length, zeroes.nbytes):
+                await zeroes.slice(0, min(zeroes.nbytes, offset + length - at)).write_to(self._fd, at)

@@ -406,7 +406,7 @@ class Unremovable(FileHandler):
     async def remove(cls, config: str, options: Any) -> bool:
         return False
 
-    async def flush(self) -> None:  # type: ignore[override]
+    async def flush(self) -> None:
         raise OSError(5, "Input/output error")
 
 

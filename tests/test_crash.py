@@ -176,7 +176,7 @@ async def test_a_layer_over_another() -> None:
 class ForgetsToSync(FileHandler):
     """instead of '<"""
 
-    def flush(self) -> None: ...
+    async def flush(self) -> None: ...
 
 
 class SyncsTooEarly(MediumDisk):

@@ -8,7 +8,7 @@ import os
 import resource
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,10 @@ async def test_file_around_the_page_cache_is_a_disk(disk_file: Path, block_size:
 async def test_file_without_holes_is_a_disk(disk_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a file system without fallocate(2) there is no discard, and zeroes are written."""
 
-    def unsupported(fd: int, mode: int, offset: int, length: int) -> None:
+    async def unsupported(fd: int, mode: int, offset: int, length: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(file_module, "_fallocate", unsupported)
+    monkeypatch.setattr(file_module, "fallocate", unsupported)
     await check_block_handler(lambda: FileHandler(disk_file), persistent=True)
     async with FileHandler(disk_file) as handler:
         assert not handler.can_discard
@@ -284,38 +284,10 @@ async def test_more_pieces_than_a_system_call_takes(disk_file: Path) -> None:
     data = os.urandom(3000 * 64)
     async with FileHandler(disk_file) as handler:
         source = IoVec([data[at : at + 64] for at in range(0, len(data), 64)])
-        await trio.to_thread.run_sync(handler.write, 4096, source)
+        await handler.write(4096, source)
         target = [bytearray(64) for _ in range(3000)]
         await handler.read(4096, IoVec(target))
     assert b"".join(target) == data == disk_file.read_bytes()[4096 : 4096 + len(data)]
-
-
-async def test_system_calls_that_do_a_part_are_repeated(disk_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def a_bit(call: Callable[..., int]) -> Callable[..., int]:
-        return lambda fd, views, offset, flags=0: call(fd, [views[0][:100]], offset, flags)
-
-    monkeypatch.setattr(os, "pwritev", a_bit(os.pwritev))
-    monkeypatch.setattr(os, "preadv", a_bit(os.preadv))
-    data = os.urandom(8192)
-    async with simulated(FileHandler(disk_file)) as disk:
-        await disk.write(512, data)
-        assert await disk.read(512, 8192) == data
-
-
-async def test_what_the_page_cache_lacks_is_read_in_a_thread(disk_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    preadv, flags_seen = os.preadv, []
-
-    def cold(fd: int, views: Any, offset: int, flags: int = 0) -> int:
-        flags_seen.append(flags)
-        if flags & os.RWF_NOWAIT:
-            raise BlockingIOError(errno.EAGAIN, "not cached")
-        return preadv(fd, views, offset, flags)
-
-    monkeypatch.setattr(os, "preadv", cold)
-    disk_file.write_bytes(b"y" * MIB)
-    async with simulated(FileHandler(disk_file)) as disk:
-        assert await disk.read(0, 512) == b"y" * 512
-    assert flags_seen == [os.RWF_NOWAIT, 0]
 
 
 # Failures.
@@ -335,35 +307,39 @@ async def test_a_file_that_is_truncated_behind_our_back(disk_file: Path, log: Lo
         assert await disk.read(8 * 512, 512) == b"n" * 512
 
 
-@pytest.mark.parametrize(
-    ("number", "read_sense", "write_sense"),
-    [(errno.EIO, MEDIUM_READ, MEDIUM_WRITE), (errno.ENOSPC, NO_SPACE, NO_SPACE)],
-)
-async def test_errors_of_the_file(
-    disk_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    log: Log,
-    number: int,
-    read_sense: tuple[int, int, int],
-    write_sense: tuple[int, int, int],
-) -> None:
-    def fail(*args: object) -> int:
-        raise OSError(number, os.strerror(number))
+@contextmanager
+def instead_of(fd: int, path: str) -> Iterator[None]:
+    """Another file behind a descriptor."""
+    saved, other = os.dup(fd), os.open(path, os.O_RDWR)
+    os.dup2(other, fd)
+    os.close(other)
+    try:
+        yield
+    finally:
+        os.dup2(saved, fd)
+        os.close(saved)
 
-    async with simulated(FileHandler(disk_file)) as disk:
-        with monkeypatch.context() as broken:
-            for name in ("preadv", "pwritev", "fdatasync"):
-                broken.setattr(os, name, fail)
-            broken.setattr(file_module, "_fallocate", fail)
-            assert (await disk.scsi(read16(0), data_in=512)).sense_code == read_sense
-            assert (await disk.scsi(write16(0), bytes(512))).sense_code == write_sense
-            assert (await disk.scsi(SYNCHRONIZE_CACHE)).sense_code == write_sense
+
+async def test_errors_of_the_file(disk_file: Path, monkeypatch: pytest.MonkeyPatch, log: Log) -> None:
+    async def fail(*args: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    handler = FileHandler(disk_file)
+    async with simulated(handler) as disk:
+        # The first page of a process is not there: reading and writing it are input/output errors.
+        with monkeypatch.context() as broken, instead_of(handler._fd, "/proc/self/mem"):
+            broken.setattr(file_module, "fallocate", fail)
+            assert (await disk.scsi(read16(0), data_in=512)).sense_code == MEDIUM_READ
+            assert (await disk.scsi(write16(0), bytes(512))).sense_code == MEDIUM_WRITE
             for change in (disk.discard, disk.write_zeroes):
                 with pytest.raises(tcmu_rs.ScsiError) as caught:
                     await change(0, 512)
-                assert (caught.value.key, caught.value.asc, caught.value.ascq) == write_sense
-        for method in ("read", "write", "flush", "discard", "write_zeroes"):
-            log.expect(f"FileHandler.{method}() failed")
+                assert (caught.value.key, caught.value.asc, caught.value.ascq) == MEDIUM_WRITE
+        with instead_of(handler._fd, "/dev/full"):
+            assert (await disk.scsi(write16(0), bytes(512))).sense_code == NO_SPACE
+        for method in ("read", "write", "discard", "write_zeroes"):
+            log.expect(f"FileHandler.{method}() failed: [Errno 5] Input/output error")
+        log.expect("FileHandler.write() failed: [Errno 28] No space left on device")
         assert await disk.read(0, 512) == bytes(512)
         await disk.write(0, bytes(512))
 
@@ -403,14 +379,14 @@ async def test_a_file_above_the_limit(disk_file: Path, log: Log) -> None:
 async def test_a_failed_flush_is_never_forgotten(
     disk_file: Path, monkeypatch: pytest.MonkeyPatch, log: Log, number: int
 ) -> None:
-    def fail(fd: int) -> None:
+    async def fail(fd: int) -> None:
         raise OSError(number, os.strerror(number))
 
     sense = {errno.EIO: MEDIUM_WRITE, errno.ENOSPC: NO_SPACE}[number]
     async with simulated(FileHandler(disk_file)) as disk:
         await disk.write(0, b"x" * 512)
         with monkeypatch.context() as broken:
-            broken.setattr(os, "fdatasync", fail)
+            broken.setattr(file_module, "fdatasync", fail)
             assert (await disk.scsi(SYNCHRONIZE_CACHE)).sense_code == sense
         # fdatasync(2) would say that all is well now.
         for _ in range(2):
@@ -420,25 +396,22 @@ async def test_a_failed_flush_is_never_forgotten(
         assert await disk.read(0, 512) == b"x" * 512
 
 
-async def test_a_failed_write_with_fua_is_a_failed_flush(
-    disk_file: Path, monkeypatch: pytest.MonkeyPatch, log: Log
-) -> None:
+async def test_a_failed_write_with_fua_is_a_failed_flush(disk_file: Path) -> None:
     """The kernel reports a failed write-back once, to whoever waits for it first."""
-    pwritev = os.pwritev
 
-    def fail_to_sync(fd: int, views: Any, offset: int, flags: int = 0) -> int:
-        if flags & os.RWF_DSYNC:
+    class Failing:
+        async def write_to(self, fd: int, offset: int, *, fua: bool) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return pwritev(fd, views, offset, flags)
 
-    async with simulated(FileHandler(disk_file)) as disk:
-        with monkeypatch.context() as broken:
-            broken.setattr(os, "pwritev", fail_to_sync)
-            assert (await disk.scsi(write16(0), bytes(512))).status == GOOD
-            assert (await disk.scsi(write16(0, fua=True), bytes(512))).sense_code == MEDIUM_WRITE
-        assert (await disk.scsi(SYNCHRONIZE_CACHE)).sense_code == MEDIUM_WRITE
-    log.expect("FileHandler.write() failed")
-    log.expect("FileHandler.flush() failed")
+    memory: Any = Failing()
+    async with FileHandler(disk_file) as handler:
+        with pytest.raises(OSError, match="Input/output error"):
+            await handler.write(0, memory)
+        await handler.flush()
+        with pytest.raises(OSError, match="Input/output error"):
+            await handler.write(0, memory, fua=True)
+        with pytest.raises(OSError, match="data was lost by an earlier flush"):
+            await handler.flush()
 
 
 async def test_storage_with_larger_blocks_than_the_disk_is_refused(
@@ -454,17 +427,21 @@ async def test_storage_with_larger_blocks_than_the_disk_is_refused(
 
 async def test_closing_makes_durable_and_says_if_it_cannot(disk_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(os, "fdatasync", synced.append)
+
+    async def note(fd: int) -> None:
+        synced.append(fd)
+
+    monkeypatch.setattr(file_module, "fdatasync", note)
     handler = FileHandler(disk_file)
     async with handler:
         fd = handler._fd
     await handler.aclose()
     assert synced == [fd]
 
-    def fail(fd: int) -> None:
+    async def fail(fd: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "fdatasync", fail)
+    monkeypatch.setattr(file_module, "fdatasync", fail)
     with pytest.raises(OSError, match="Input/output error"):
         async with FileHandler(disk_file):
             pass

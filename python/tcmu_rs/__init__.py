@@ -21,7 +21,7 @@ from ._errors import (
 )
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
 from ._layers import Lower
-from ._native import AesXts, Command, IoVec, __version__, debug_build
+from ._native import AesXts, Command, IoVec, Transfer, __version__, debug_build, fallocate, fdatasync
 from ._registry import handler_below
 from ._runtime import Device
 
@@ -57,11 +57,14 @@ __all__ = [
     "Progress",
     "RingCorruptError",
     "ScsiError",
+    "Transfer",
     "WriteProtected",
     "__version__",
     "attach",
     "blocking",
     "copy",
+    "fallocate",
+    "fdatasync",
     "handler_below",
     "serve",
 ]

@@ -63,6 +63,7 @@ def examine(root: Path = Path("/"), *, release: str | None = None) -> list[Check
         _reservations(root),
         *([_served()] if root == Path("/") else []),
         *_libraries(),
+        _file_io(root),
     ]
 
 
@@ -187,3 +188,24 @@ def _libraries() -> Iterator[Check]:
             yield Check(name, False, True, str(error), remedy)
         else:
             yield Check(name, True, True, "can be imported")
+
+
+def _file_io(root: Path) -> Check:
+    # Not at the top: the doctor has to work where the package does not.
+    try:
+        from . import _files
+    except ImportError as error:
+        return Check("file I/O", False, False, str(error), "see tcmu_rs._native")
+    obstacle = _files.obstacle()
+    if obstacle is None:
+        return Check("file I/O", True, False, "io_uring")
+    disabled = "0"
+    with suppress(OSError):
+        disabled = (root / "proc/sys/kernel/io_uring_disabled").read_text().strip()
+    if obstacle.endswith(_files.VARIABLE):
+        remedy = f"unset {_files.VARIABLE}"
+    elif disabled != "0":
+        remedy = "sysctl kernel.io_uring_disabled=0"
+    else:
+        remedy = "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile"
+    return Check("file I/O", False, False, f"a thread for each transfer, slower than io_uring: {obstacle}", remedy)

@@ -192,6 +192,10 @@ class BlockHandler(Handler):
 
     Offsets and lengths are multiples of `block_size`, inside the disk and never empty; the caller has checked.
 
+    A handler that ends in a file moves data with `await iov.read_from(fd, offset)` and `await iov.write_to(fd, offset,
+    fua=fua)`: without suspending if the page cache can, and with no thread where io_uring is allowed.
+    `tcmu_rs.fdatasync(fd)` and `fallocate(fd, mode, offset, length)` do the same for `flush` and `discard`.
+
     Each method is one of three colours: `async def` runs in the event loop and may wait; `def` runs in the event
     loop and must not block; `@tcmu_rs.blocking def` runs in a thread. The order among commands in flight is nobody's
     promise. Exceptions become sense data: a `ScsiError` as it says, an `OSError` by its errno, anything else is a bug,

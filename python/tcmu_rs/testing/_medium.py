@@ -143,12 +143,14 @@ class Cut:
         kept: What of the changes that were not durable has survived: all, none, or some of the sectors.
         seed: Chooses the sectors.
         garbage: Share of the lost sectors that hold neither the old nor the new.
+        spared: Sectors that are never garbage.
     """
 
     after: int
     kept: str = "some"
     seed: int = 0
     garbage: float = 0.0
+    spared: frozenset[int] = frozenset()
 
 
 KEPT = ("none", "all", "some", "most", "few")
@@ -255,7 +257,7 @@ class Medium:
                 # The last of them is the likeliest: a cache writes what it has.
                 content = contents[-1] if random.random() < 0.7 else random.choice(contents)
                 base.write(sector * SECTOR, content)
-            elif random.random() < cut.garbage:
+            elif random.random() < cut.garbage and sector not in cut.spared:
                 base.write(sector * SECTOR, random.randbytes(len(contents[-1])))
         base.resize(sizes[-1] if random.random() < share else random.choice(sizes))
         return base

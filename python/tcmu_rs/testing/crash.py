@@ -32,9 +32,9 @@ A handler whose own file access can be replaced may get the `Medium` itself, whi
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import trio
@@ -319,6 +319,7 @@ async def check_power_cuts(
     operations: int = 60,
     tasks: int = 3,
     garbage: float = 0.0,
+    spared: Iterable[int] = (),
     judge: Callable[[Image], object] | None = None,
 ) -> Summary:
     """Lets a handler work, cuts its power in many places, and looks at what it makes of what is left.
@@ -336,6 +337,7 @@ async def check_power_cuts(
         tasks: How many of them run at once, `max_in_flight` of the handler permitting.
         garbage: The share of unsynced sectors that hold neither the old nor the new. Only handlers that
             never overwrite what is in use, and have checksums for the rest, stand that.
+        spared: Sectors that are never garbage: those of which the handler's format assumes it.
         judge: Called with each image that the handler has recovered and closed; raises if it finds fault with it.
 
     Raises:
@@ -354,7 +356,7 @@ async def check_power_cuts(
         # Who closes its storage leaves nothing behind.
         work.model.flushed(end, medium.mark("closed, and so flushed"))
         left = []
-        for cut in _choose_cuts(random, medium, cuts, garbage):
+        for cut in _choose_cuts(random, medium, cuts, garbage, frozenset(spared)):
             found = medium.after(cut)
             await _recover(serve, found, work.model, cut, medium, random, summary, judge)
             left.append(found)
@@ -362,11 +364,11 @@ async def check_power_cuts(
     return summary
 
 
-def _choose_cuts(random: Random, medium: Medium, count: int, garbage: float) -> list[Cut]:
+def _choose_cuts(random: Random, medium: Medium, count: int, garbage: float, spared: frozenset[int]) -> list[Cut]:
     """Places right after something that the storage saw, or that a caller was told: elsewhere nothing is new."""
     places = list(range(1, len(medium.history) + 1))
     chosen = places if len(places) <= count else sorted(random.sample(places, count))
-    return [Cut(place, random.choice(KEPT), random.getrandbits(32), garbage) for place in chosen]
+    return [Cut(place, random.choice(KEPT), random.getrandbits(32), garbage, spared) for place in chosen]
 
 
 async def _recover(
@@ -392,7 +394,9 @@ async def _recover(
         changes = [place for place, event in enumerate(medium.history[:opened]) if isinstance(event, Change)]
         if changes:
             summary.recoveries_cut += 1
-            second = Cut(random.choice(changes) + 1, random.choice(KEPT), random.getrandbits(32), cut.garbage)
+            second = replace(
+                cut, after=random.choice(changes) + 1, kept=random.choice(KEPT), seed=random.getrandbits(32)
+            )
             image = medium.after(second)
             medium = Medium(image)
         else:

@@ -7,6 +7,7 @@
 
 use std::ffi::c_int;
 use std::ops::Range;
+use std::os::fd::RawFd;
 use std::ptr;
 use std::sync::Arc;
 
@@ -17,7 +18,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
 use smallvec::SmallVec;
 
+use super::fileio::{Held, Transfer};
 use crate::device::Claim;
+use crate::fileio::Operation;
+use crate::fileio::memory::{Lent, Memory};
 use crate::ring::{Buffer, Extent};
 use crate::scsi::DataBuffer;
 
@@ -41,7 +45,7 @@ impl Segment {
             return Err(PyBufferError::new_err("the data is not inside the mapping"));
         };
         if !this.claim.lend() {
-            return Err(PyBufferError::new_err("the command was answered: its data is not there any more"));
+            return Err(answered());
         }
         // SAFETY:
         // - `view` is CPython's, and valid;
@@ -128,34 +132,15 @@ impl IoVec {
         if writing {
             self.check_writable()?;
         }
-        let (mut pieces, mut exports, mut lent) = (SmallVec::new(), SmallVec::new(), None);
-        match &self.source {
-            Source::Command { claim, start, data_in } => {
-                if !claim.lend() {
-                    return Err(PyBufferError::new_err(
-                        "the command was answered: its data is not there any more",
-                    ));
-                }
-                lent = Some(Lent(claim.clone()));
-                if self.writable {
-                    claim.zero_unless_filled();
-                }
-                for extent in Self::buffer(claim, *data_in).pieces(*start..*start + self.nbytes) {
-                    let pointer = claim.data().mapping().pointer(extent.offset, extent.length);
-                    let pointer =
-                        pointer.map_err(|_| PyBufferError::new_err("the data is not inside the mapping"))?;
-                    pieces.push((pointer, extent.length));
-                }
-            }
-            Source::Objects(views) => {
-                for view in views.iter() {
-                    let export = PyUntypedBuffer::get(view.bind(py))?;
-                    pieces.push((export.buf_ptr().cast(), export.len_bytes()));
-                    exports.push(export);
-                }
-            }
+        if self.writable
+            && let Source::Command { claim, .. } = &self.source
+        {
+            claim.zero_unless_filled();
         }
-        Ok(Walk { pieces, piece: 0, at: 0, _exports: exports, _lent: lent })
+        let held = self.hold(py)?;
+        let mut pieces = SmallVec::new();
+        held.pieces(0, &mut |pointer, length| pieces.push((pointer, length)));
+        Ok(Walk { pieces, piece: 0, at: 0, _held: held })
     }
 
     fn buffer(claim: &Claim, data_in: bool) -> &Buffer {
@@ -186,9 +171,7 @@ impl IoVec {
         match &self.source {
             Source::Command { claim, start, data_in } => {
                 if !claim.lend() {
-                    return Err(PyBufferError::new_err(
-                        "the command was answered: its data is not there any more",
-                    ));
+                    return Err(answered());
                 }
                 for extent in Self::buffer(claim, *data_in).pieces(*start..*start + self.nbytes) {
                     if let Ok(pointer) = claim.data().mapping().pointer(extent.offset, extent.length) {
@@ -205,6 +188,22 @@ impl IoVec {
             }
         }
         Ok(())
+    }
+
+    /// The memory, lent for as long as a transfer needs it.
+    fn hold(&self, py: Python<'_>) -> PyResult<Held> {
+        match &self.source {
+            Source::Command { claim, start, data_in } => {
+                match Lent::new(claim.clone(), *data_in, *start, self.nbytes) {
+                    Some(lent) => Ok(Held::Command(lent)),
+                    None => Err(answered()),
+                }
+            }
+            Source::Objects(views) => {
+                let export = |view: &Py<PyMemoryView>| PyUntypedBuffer::get(view.bind(py));
+                Ok(Held::Objects(views.iter().map(export).collect::<PyResult<_>>()?))
+            }
+        }
     }
 
     pub fn check_length(&self, length: usize, what: &str) -> PyResult<()> {
@@ -246,13 +245,8 @@ impl IoVec {
     }
 }
 
-/// Gives the view back that a walk has counted.
-struct Lent(Arc<Claim>);
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        self.0.give_back();
-    }
+fn answered() -> PyErr {
+    PyBufferError::new_err("the command was answered: its data is not there any more")
 }
 
 /// A place in the memory of an [`IoVec`], which stays where it is as long as this lives.
@@ -260,8 +254,7 @@ pub struct Walk {
     pieces: SmallVec<[(*mut u8, usize); 4]>,
     piece: usize,
     at: usize,
-    _exports: SmallVec<[PyUntypedBuffer; 1]>,
-    _lent: Option<Lent>,
+    _held: Held,
 }
 
 impl Walk {
@@ -292,7 +285,7 @@ impl Walk {
             // SAFETY:
             // - `at` is at most `size`, and the piece is valid for `size` bytes: checked against the mapping, or
             //   exported by CPython;
-            // - it stays so as long as this lives: `_lent` counts it as lent, or `_exports` holds it.
+            // - it stays so as long as this lives, and has `_held`.
             copy(unsafe { pointer.add(self.at) }, done..done + part);
             done += part;
             self.at += part;
@@ -395,6 +388,35 @@ impl IoVec {
                 into = into.add(length);
             }
         })
+    }
+
+    /// Fills the memory from a file: to be awaited.
+    ///
+    /// What the page cache has is there at once, without suspending; the rest comes without a thread, where io_uring is
+    /// allowed. All of it, or an OSError: EIO if the file ends before. The memory stays the transfer's until the kernel
+    /// is done with it: when it is cancelled, the call returns no earlier. Until then the descriptor has to stay open.
+    #[pyo3(signature = (fd, offset, /))]
+    fn read_from(&self, py: Python<'_>, fd: RawFd, offset: u64) -> PyResult<Transfer> {
+        self.check_writable()?;
+        // All of Data-In counts as written when it is.
+        if self.fills().is_none()
+            && let Source::Command { claim, .. } = &self.source
+        {
+            claim.zero_unless_filled();
+        }
+        Ok(Transfer::new("IoVec.read_from", fd, Operation::Read, offset, self.hold(py)?))
+    }
+
+    /// Writes the memory to a file: to be awaited, and as `read_from`. With `fua` it is durable then (RWF_DSYNC).
+    #[pyo3(signature = (fd, offset, /, *, fua = false))]
+    fn write_to(&self, py: Python<'_>, fd: RawFd, offset: u64, fua: bool) -> PyResult<Transfer> {
+        if self.writable
+            && let Source::Command { claim, .. } = &self.source
+        {
+            claim.zero_unless_filled();
+        }
+        let operation = Operation::Write { durable: fua };
+        Ok(Transfer::new("IoVec.write_to", fd, operation, offset, self.hold(py)?))
     }
 
     /// Sets all of the memory to zero.

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 
 use crate::device::DeviceError;
 
+mod fileio;
 mod iovec;
 mod netlink;
 mod ring;
@@ -30,6 +31,8 @@ impl From<DeviceError> for PyErr {
 
 #[pymodule]
 mod _native {
+    #[pymodule_export]
+    use super::fileio::{FileQueue, Transfer, fallocate, fdatasync};
     #[pymodule_export]
     use super::iovec::IoVec;
     #[pymodule_export]

@@ -1,0 +1,233 @@
+//! Work on files: transfers between a file and memory that somebody lends, and what goes with them.
+//!
+//! A [`Transfer`] is one piece of work, whole or failed. It is done in up to three places, each going on where the one
+//! before stopped: at once, if the page cache can ([`Transfer::attempt`]); then in the kernel's own time, through
+//! io_uring ([`queue::Queue`]), or in a thread that may block ([`Transfer::block`]).
+//!
+//! The memory is behind [`Memory`], and belongs to the transfer from its making to its end. What that end is, the kernel
+//! says: a transfer that nobody waits for any more is not over.
+
+use std::io;
+use std::os::fd::RawFd;
+
+use libc::iovec;
+use smallvec::SmallVec;
+
+pub mod memory;
+pub mod queue;
+mod syscall;
+
+use memory::{Bounce, Memory};
+
+/// Pieces that a system call takes: `IOV_MAX`.
+const MAX_PIECES: usize = 1024;
+
+/// What is to be done with a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// From the file into the memory: `preadv2(2)`.
+    Read,
+    /// From the memory into the file: `pwritev2(2)`.
+    Write {
+        /// It is over when the data is durable (`RWF_DSYNC`).
+        durable: bool,
+    },
+    /// What was written becomes durable: `fdatasync(2)`.
+    Sync,
+    /// `fallocate(2)`.
+    Allocate {
+        /// `FALLOC_FL_*`.
+        mode: i32,
+        /// Bytes.
+        length: u64,
+    },
+}
+
+/// Addresses and lengths for a system call. They are valid as long as the transfer has its memory.
+#[derive(Debug, Default)]
+pub(crate) struct Vectors(SmallVec<[iovec; 4]>);
+
+/// Work on a file.
+#[derive(Debug)]
+pub struct Transfer<M> {
+    fd: RawFd,
+    operation: Operation,
+    offset: u64,
+    length: usize,
+    done: usize,
+    memory: M,
+    bounce: Option<Bounce>,
+    /// The descriptor goes around the page cache.
+    direct: bool,
+    /// The file knows `RWF_NOWAIT`: io_uring may try without a thread of its own. With one that does not, io_uring asks
+    /// the file system whether it can be waited for, and waits for the answer, in our thread: a FUSE server, perhaps in
+    /// this very process, would have to give it.
+    tries: bool,
+}
+
+impl<M: Memory> Transfer<M> {
+    /// Work on the file behind `fd`, at `offset`; `memory` is what is moved, nothing for work that moves nothing.
+    ///
+    /// The descriptor has to stay open until the transfer is over.
+    #[must_use]
+    pub fn new(fd: RawFd, operation: Operation, offset: u64, memory: M) -> Self {
+        let length = match operation {
+            Operation::Read | Operation::Write { .. } => memory.length(),
+            Operation::Sync | Operation::Allocate { .. } => 0,
+        };
+        Self { fd, operation, offset, length, done: 0, memory, bounce: None, direct: false, tries: false }
+    }
+
+    /// Bytes that are to be moved.
+    #[must_use]
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// The memory.
+    #[must_use]
+    pub fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// Does what can be done without waiting for storage. Returns whether it is over.
+    ///
+    /// That is what the page cache has or takes (`RWF_NOWAIT`). Around the page cache the flag does not help: the call
+    /// waits for the storage all the same; nor does anything where data has to become durable.
+    ///
+    /// # Errors
+    /// What the system says; [`EndOfFile`].
+    pub fn attempt(&mut self) -> io::Result<bool> {
+        if matches!(self.operation, Operation::Sync | Operation::Allocate { .. }) {
+            return Ok(false);
+        }
+        if self.length == 0 {
+            return Ok(true);
+        }
+        self.direct = syscall::is_direct(self.fd)?;
+        if self.direct {
+            self.tries = syscall::tries_direct(self.fd);
+            return Ok(false);
+        }
+        if self.operation == (Operation::Write { durable: true }) {
+            return Ok(false);
+        }
+        let mut vectors = Vectors::default();
+        loop {
+            self.gather(&mut vectors);
+            match syscall::vectored(self, &vectors, libc::RWF_NOWAIT) {
+                Ok(bytes) => {
+                    if self.moved(bytes)? {
+                        return Ok(true);
+                    }
+                }
+                Err(error) => {
+                    return match error.raw_os_error() {
+                        Some(libc::EINTR) => continue,
+                        Some(libc::EAGAIN) => {
+                            self.tries = true;
+                            Ok(false)
+                        }
+                        // The file system does not know the flag, or not for this.
+                        Some(libc::EOPNOTSUPP | libc::EINVAL) => Ok(false),
+                        _ => Err(error),
+                    };
+                }
+            }
+        }
+    }
+
+    /// Does all that [`Transfer::attempt`] has left, and waits for it.
+    ///
+    /// # Errors
+    /// What the system says; [`EndOfFile`] when the file ends before the transfer does.
+    pub fn block(&mut self) -> io::Result<()> {
+        let mut vectors = Vectors::default();
+        loop {
+            self.gather(&mut vectors);
+            let result = match self.operation {
+                Operation::Read => syscall::vectored(self, &vectors, 0),
+                Operation::Write { durable } => {
+                    syscall::vectored(self, &vectors, if durable { libc::RWF_DSYNC } else { 0 })
+                }
+                Operation::Sync => syscall::sync(self.fd),
+                Operation::Allocate { mode, length } => syscall::allocate(self.fd, mode, self.offset, length),
+            };
+            if self.settle(result)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Where the next system call begins.
+    fn position(&self) -> u64 {
+        self.offset + self.done as u64
+    }
+
+    /// What is left to move, as far as one system call takes it.
+    fn gather(&self, vectors: &mut Vectors) {
+        vectors.0.clear();
+        let mut push = |pointer: *mut u8, length: usize| {
+            if length > 0 && vectors.0.len() < MAX_PIECES {
+                vectors.0.push(iovec { iov_base: pointer.cast(), iov_len: length });
+            }
+        };
+        match &self.bounce {
+            Some(bounce) => bounce.pieces(self.done, &mut push),
+            None => self.memory.pieces(self.done, &mut push),
+        }
+    }
+
+    /// Takes the result of a system call. Returns whether the work is over.
+    fn settle(&mut self, result: io::Result<usize>) -> io::Result<bool> {
+        match result {
+            Ok(bytes) => self.moved(bytes),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EINTR) => Ok(false),
+                Some(libc::EAGAIN) => {
+                    // It was tried, and is not to be tried again.
+                    self.tries = false;
+                    Ok(false)
+                }
+                // O_DIRECT wants memory that begins and ends at blocks. The kernel's does, that of other layers need not.
+                Some(libc::EINVAL) if self.direct && self.length > 0 && self.bounce.is_none() => {
+                    let bounce = Bounce::new(self.length)?;
+                    if self.operation != Operation::Read {
+                        bounce.fill_from(&self.memory);
+                    }
+                    self.bounce = Some(bounce);
+                    // From the start: what was moved so far may have ended inside of a block.
+                    self.done = 0;
+                    Ok(false)
+                }
+                _ => Err(error),
+            },
+        }
+    }
+
+    fn moved(&mut self, bytes: usize) -> io::Result<bool> {
+        if self.length == 0 {
+            return Ok(true);
+        }
+        if bytes == 0 {
+            let end = self.position();
+            return Err(io::Error::other(EndOfFile(end)));
+        }
+        self.done += bytes;
+        if self.done < self.length {
+            return Ok(false);
+        }
+        if self.operation == Operation::Read {
+            if let Some(bounce) = &self.bounce {
+                bounce.copy_to(&self.memory);
+            }
+            self.memory.filled();
+        }
+        Ok(true)
+    }
+}
+
+/// The file ends where there should have been more of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the file ends at {0}: it was truncated")]
+pub struct EndOfFile(pub u64);

@@ -1,0 +1,251 @@
+//! Transfers between files and an `IoVec`, for `tcmu_rs._files`.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use pyo3::buffer::PyUntypedBuffer;
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyRuntimeWarning};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyList, PyTuple};
+
+use crate::fileio::memory::{Lent, Memory};
+use crate::fileio::queue::{Queue, Ticket};
+use crate::fileio::{self, Operation};
+
+/// From so many bytes on a copy is worth the handing over of the interpreter (about 0.1 us, see `bench/RESULTS.md`).
+const RELEASE: usize = 128 << 10;
+
+/// The memory of a transfer.
+pub enum Held {
+    /// A command's.
+    Command(Lent),
+    /// Python objects', which cannot be moved or resized while they are exported.
+    Objects(Vec<PyUntypedBuffer>),
+    /// None is needed.
+    Nothing,
+}
+
+// SAFETY:
+// - a command's: `Lent`;
+// - of objects: an export of the buffer protocol keeps the memory valid and in place until it is released, which is when
+//   this is dropped. Whether it is writable is checked before a read is made of it. Python code may look at it
+//   meanwhile, but has no Rust reference to it.
+unsafe impl Memory for Held {
+    fn length(&self) -> usize {
+        match self {
+            Self::Command(lent) => lent.length(),
+            Self::Objects(buffers) => buffers.iter().map(PyUntypedBuffer::len_bytes).sum(),
+            Self::Nothing => 0,
+        }
+    }
+
+    fn pieces(&self, start: usize, each: &mut dyn FnMut(*mut u8, usize)) {
+        match self {
+            Self::Command(lent) => lent.pieces(start, each),
+            Self::Objects(buffers) => {
+                let mut skip = start;
+                for buffer in buffers {
+                    let length = buffer.len_bytes();
+                    let from = skip.min(length);
+                    skip -= from;
+                    // SAFETY: `from` is inside of the buffer, or its end.
+                    each(unsafe { buffer.buf_ptr().cast::<u8>().add(from) }, length - from);
+                }
+            }
+            Self::Nothing => {}
+        }
+    }
+
+    fn filled(&self) {
+        if let Self::Command(lent) = self {
+            lent.filled();
+        }
+    }
+}
+
+enum State {
+    New(fileio::Transfer<Held>),
+    Begun,
+}
+
+/// Work on a file that is done when it is awaited.
+#[pyclass(frozen, module = "tcmu_rs._native")]
+pub struct Transfer {
+    state: Mutex<State>,
+    what: &'static str,
+}
+
+impl Transfer {
+    /// What `what`, a name of a function, returns.
+    pub fn new(what: &'static str, fd: RawFd, operation: Operation, offset: u64, memory: Held) -> Self {
+        let transfer = fileio::Transfer::new(fd, operation, offset, memory);
+        Self { state: Mutex::new(State::New(transfer)), what }
+    }
+
+    fn take(&self) -> PyResult<fileio::Transfer<Held>> {
+        match std::mem::replace(&mut *lock(&self.state), State::Begun) {
+            State::New(transfer) => Ok(transfer),
+            State::Begun => Err(PyRuntimeError::new_err("a transfer can be awaited once")),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An `OSError` with an errno, so that it is of the right class and can become sense data.
+fn os_error(error: &io::Error) -> PyErr {
+    match error.raw_os_error() {
+        Some(number) => {
+            // Python says the number itself.
+            let text = error.to_string().replace(&format!(" (os error {number})"), "");
+            PyOSError::new_err((number, text))
+        }
+        None => PyOSError::new_err((libc::EIO, error.to_string())),
+    }
+}
+
+static FINISH: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+
+#[pymethods]
+impl Transfer {
+    /// Does what can be done at once. What is left is for `tcmu_rs._files.finish`, which suspends.
+    fn __await__<'py>(slf: Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
+        let this = slf.get();
+        let mut transfer = this.take()?;
+        let over =
+            if transfer.length() < RELEASE { transfer.attempt() } else { py.detach(|| transfer.attempt()) };
+        if over.map_err(|error| os_error(&error))? {
+            return Ok(slf.into_any());
+        }
+        *lock(&this.state) = State::New(transfer);
+        let finish = FINISH
+            .get_or_try_init(py, || py.import("tcmu_rs._files")?.getattr("finish").map(Bound::unbind))?;
+        finish.bind(py).call1((slf,))?.call_method0("__await__")
+    }
+
+    fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    /// The end of an await that never suspended.
+    fn __next__(&self) -> Option<()> {
+        None
+    }
+
+    /// Does all that is left in the calling thread.
+    fn block(&self, py: Python<'_>) -> PyResult<()> {
+        let mut transfer = self.take()?;
+        let result = py.detach(|| transfer.block());
+        drop(transfer);
+        result.map_err(|error| os_error(&error))
+    }
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        if let State::New(_) = &*lock(&self.state) {
+            let text = format!("{} was never awaited: nothing was moved\0", self.what);
+            Python::attach(|py| {
+                let text = std::ffi::CStr::from_bytes_with_nul(text.as_bytes()).unwrap_or(c"never awaited");
+                let category = py.get_type::<PyRuntimeWarning>();
+                if let Err(error) = PyErr::warn(py, &category, text, 1) {
+                    error.write_unraisable(py, None);
+                }
+            });
+        }
+    }
+}
+
+/// Transfers under way in io_uring: see `tcmu_rs._files`.
+#[pyclass(frozen, module = "tcmu_rs._native")]
+pub struct FileQueue {
+    /// Nothing when it is closed.
+    queue: Mutex<Option<Queue<Held>>>,
+}
+
+impl FileQueue {
+    fn with<T>(&self, call: impl FnOnce(&mut Queue<Held>) -> T) -> PyResult<T> {
+        let closed = || PyRuntimeError::new_err("the queue is closed");
+        Ok(call(lock(&self.queue).as_mut().ok_or_else(closed)?))
+    }
+}
+
+#[pymethods]
+impl FileQueue {
+    /// Raises OSError where there is no io_uring, or it is forbidden.
+    #[new]
+    fn new() -> PyResult<Self> {
+        let queue = Queue::new().map_err(|error| os_error(&error))?;
+        Ok(Self { queue: Mutex::new(Some(queue)) })
+    }
+
+    /// Readable when `finish` has something to return.
+    fn fileno(&self) -> PyResult<RawFd> {
+        self.with(|queue| queue.fd())
+    }
+
+    /// Transfers that are not over.
+    #[getter]
+    fn outstanding(&self) -> PyResult<usize> {
+        self.with(|queue| queue.outstanding())
+    }
+
+    /// Takes a transfer, to begin with the next `submit`; returns its ticket.
+    fn start(&self, transfer: &Transfer) -> PyResult<u64> {
+        let transfer = transfer.take()?;
+        self.with(|queue| queue.start(transfer).0)
+    }
+
+    /// Asks for an early end, with the next `submit`.
+    fn cancel(&self, ticket: u64) -> PyResult<()> {
+        self.with(|queue| queue.cancel(Ticket(ticket)))
+    }
+
+    /// Begins what was started, with one system call. What is over makes the descriptor readable.
+    fn submit(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.with(Queue::submit))?.map_err(|error| os_error(&error))
+    }
+
+    /// Begins what was started, and returns what is over: tickets, each with an OSError or None.
+    fn finish<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        // What is begun may be much, and a file system may want an answer from another thread of this process.
+        let finished = py.detach(|| self.with(Queue::finish))?.map_err(|error| os_error(&error))?;
+        let list = PyList::empty(py);
+        for done in finished {
+            // The memory goes back before anybody learns that it is over; and not under the lock, for the objects that
+            // it is of may be gone with it.
+            drop(done.transfer);
+            let error = done.result.err().map(|error| os_error(&error).into_value(py));
+            let done: Bound<'_, PyTuple> = (done.ticket.0, error).into_pyobject(py)?;
+            list.append(done)?;
+        }
+        Ok(list)
+    }
+
+    /// Gives the descriptor back. Waits for transfers that nobody waits for.
+    fn close(&self) {
+        let queue = lock(&self.queue).take();
+        drop(queue);
+    }
+}
+
+/// Makes durable what was written to a file, as fdatasync(2): to be awaited.
+#[pyfunction]
+#[pyo3(signature = (fd, /))]
+pub fn fdatasync(fd: RawFd) -> Transfer {
+    Transfer::new("fdatasync", fd, Operation::Sync, 0, Held::Nothing)
+}
+
+/// Changes the space that a range of a file has, as fallocate(2): to be awaited.
+#[pyfunction]
+#[pyo3(signature = (fd, mode, offset, length, /))]
+pub fn fallocate(fd: RawFd, mode: i32, offset: u64, length: u64) -> Transfer {
+    Transfer::new("fallocate", fd, Operation::Allocate { mode, length }, offset, Held::Nothing)
+}

@@ -1,0 +1,113 @@
+"""What the tests of qcow2 share: images on a recorded medium, and QEMU's tools as judges."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tcmu_rs import BlockHandler
+from tcmu_rs.handlers.qcow2.handler import Qcow2Handler
+from tcmu_rs.handlers.qcow2.storage import Storage
+from tcmu_rs.testing.crash import Image, Medium
+
+
+def run(*command: object) -> str:
+    """Runs a program, and shows what it said if it fails. Returns what it said."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{words} ended with {done.returncode}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def check(path: Path) -> dict[str, Any]:
+    """Asserts that `qemu-img check` finds nothing at all, not even a leak."""
+    done = subprocess.run(
+        ["qemu-img", "check", "--output=json", "-f", "qcow2", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"qemu-img check: {done.stdout}{done.stderr}"
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+class RecordedStorage(Storage):
+    """A `Storage` whose file is a `Medium`."""
+
+    def __init__(self, medium: Medium, path: Path) -> None:
+        self.medium = medium
+        self.path = path
+        self.writable = True
+
+    def close(self) -> None:
+        """Leaves the medium as it is: what was not synced is not durable."""
+
+    @property
+    def size(self) -> int:
+        return self.medium.size
+
+    @property
+    def allocated(self) -> int:
+        return self.medium.size
+
+    def preadv(self, offset: int, views: Sequence[Any], *, wait: bool = True) -> int:
+        done = 0
+        for view in views:
+            with memoryview(view).cast("B") as target:
+                data = self.medium.pread(len(target), offset + done)
+                target[: len(data)] = data
+                done += len(data)
+        return done
+
+    def pread(self, offset: int, length: int, *, wait: bool = True) -> bytes:
+        return self.medium.pread(length, offset)
+
+    def pwrite(self, offset: int, views: Sequence[Any]) -> None:
+        # As a kernel does it, in pieces: another thread may see, or sync, the first of them.
+        for view in views:
+            offset += self.medium.pwrite(view, offset)
+
+    def fdatasync(self) -> None:
+        self.medium.fdatasync()
+
+    def truncate(self, size: int) -> None:
+        self.medium.truncate(size)
+
+    def punch(self, offset: int, length: int) -> bool:
+        self.medium.punch(offset, length)
+        return True
+
+    def allocate(self, offset: int, length: int) -> bool:
+        return True
+
+
+@contextmanager
+def on_medium(
+    medium: Medium, handler_class: type[Qcow2Handler] = Qcow2Handler, **options: Any
+) -> Iterator[BlockHandler]:
+    """A handler whose image is the medium; what is below it is in files."""
+    with TemporaryDirectory() as directory:
+        path = Path(options.pop("path", None) or Path(directory, "image"))
+        path.touch()
+
+        def storage(name: Path, *, writable: bool) -> Storage:
+            return RecordedStorage(medium, path) if Path(name) == path else Storage(name, writable=writable)
+
+        yield handler_class(path, storage=storage, **options)
+
+
+def judge(image: Image) -> None:
+    """Asserts that a closed image is one that QEMU finds no fault with."""
+    with TemporaryDirectory() as directory:
+        path = Path(directory, "image")
+        image.save(path)
+        check(path)
+
+
+def make(path: Path, size: int, *options: object) -> Image:
+    """An empty image of qemu-img's."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", *options, path, size)
+    return Image.load(path)

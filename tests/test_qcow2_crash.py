@@ -1,0 +1,85 @@
+"""What `qcow2:` and `zstd:` have acknowledged survives power cuts, and QEMU finds no fault with what is left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcmu_rs import BlockHandler
+from tcmu_rs.handlers.qcow2 import Qcow2Handler
+from tcmu_rs.testing.crash import LostWrite, Medium, check_power_cuts, recorded_file
+
+from . import qcow2
+from .test_crash import needs_fuse
+
+SIZE = 256 << 10
+SEEDS = range(int(os.environ.get("TCMU_SEEDS", "1")))
+
+IMAGES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "plain": (["-o", "cluster_size=4k"], {}),
+    "plain, 64 KiB": ([], {}),
+    "compressed": (["-o", "cluster_size=8k,compression_type=zstd"], {"compress": True}),
+    "compressed, 512": (["-o", "cluster_size=512,compression_type=zstd"], {"compress": True}),
+    "deflate": (["-o", "cluster_size=4k,compression_type=zlib"], {"compress": True}),
+    "refcounts of 1 bit": (["-o", "cluster_size=4k,refcount_bits=1"], {}),
+    "version 2": (["-o", "cluster_size=4k,compat=0.10"], {"compress": True}),
+}
+# So small that all of the log and the cache are used.
+SMALL: dict[str, Any] = {"log_size": 192 << 10, "cache_size": 64 << 10, "idle": 0.002}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", IMAGES)
+async def test_power_cuts(kind: str, seed: int, tmp_path: Path) -> None:
+    create, options = IMAGES[kind]
+    image = qcow2.make(tmp_path / "image", SIZE, *create)
+
+    def serve(medium: Medium) -> AbstractContextManager[BlockHandler]:
+        return qcow2.on_medium(medium, **SMALL, **options)
+
+    # Where data is overwritten in place, and in sector 0, the format has no remedy.
+    garbage = 0.1 if kind.startswith("compressed") else 0.0
+    summary = await check_power_cuts(
+        serve, image, seed=seed, lives=4, cuts=12, operations=80, garbage=garbage, spared={0}, judge=qcow2.judge
+    )
+    assert summary.recoveries_cut
+
+
+class Lies(qcow2.RecordedStorage):
+    """Says that all is durable, every third time without having seen to it."""
+
+    calls = 0
+
+    def fdatasync(self) -> None:
+        self.calls += 1
+        if self.calls % 3:
+            super().fdatasync()
+
+
+async def test_an_fdatasync_left_out_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qcow2, "RecordedStorage", Lies)
+    image = qcow2.make(tmp_path / "image", SIZE, "-o", "cluster_size=8k,compression_type=zstd")
+
+    def serve(medium: Medium) -> AbstractContextManager[BlockHandler]:
+        return qcow2.on_medium(medium, **SMALL, compress=True)
+
+    with pytest.raises(LostWrite):
+        await check_power_cuts(serve, image, lives=6, cuts=30, operations=80, judge=qcow2.judge)
+
+
+@needs_fuse
+async def test_a_real_file(tmp_path: Path) -> None:
+    """Through FUSE: whatever system calls the engine uses, and its own `Storage` too."""
+    image = qcow2.make(tmp_path / "image", SIZE, "-o", "cluster_size=8k,compression_type=zstd")
+
+    @contextmanager
+    def serve(medium: Medium) -> Iterator[BlockHandler]:
+        with recorded_file(medium) as path:
+            yield Qcow2Handler(path, compress=True, **SMALL)
+
+    await check_power_cuts(serve, image, lives=2, cuts=10, operations=60, judge=qcow2.judge)

@@ -1,0 +1,328 @@
+"""Random commands on images of qemu-img's and of our own: QEMU's tools and a bytearray agree with us all the time.
+
+`TCMU_EXAMPLES=2000` makes it long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
+
+from tcmu_rs import BlockHandler
+from tcmu_rs.handlers.qcow2.handler import Qcow2Handler
+from tcmu_rs.handlers.qcow2.tools import create
+from tcmu_rs.testing.model import BlockMachine
+
+from .qcow2 import check, run
+
+EXAMPLES = int(os.environ.get("TCMU_EXAMPLES", "15"))
+SECTOR = 512
+
+needs_qemu = pytest.mark.skipif(
+    shutil.which("qemu-img") is None and os.environ.get("CI") != "true", reason="QEMU's tools are needed"
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an image is made.
+
+    Attributes:
+        size: Of the disk, in sectors.
+        options: For `qemu-img create -o`.
+        ours: Made by us, with those of the options that we have.
+        backing: Sectors of the backing file; 0 for none.
+        backing_format: Of it.
+        compress: Whether we write compressed clusters.
+        seed: Of what the backing file holds.
+    """
+
+    size: int
+    options: dict[str, str]
+    ours: bool
+    backing: int
+    backing_format: str
+    compress: bool
+    seed: int
+
+
+@st.composite
+def kinds(draw: st.DrawFn) -> Kind:
+    """Every kind of image that QEMU makes and we write."""
+    options = {"cluster_size": draw(st.sampled_from(["512", "1k", "4k", "8k", "64k", "2M"]))}
+    backing = draw(st.sampled_from([0, 0, 100, 1000]))
+    if draw(st.booleans()):
+        options["compat"] = "0.10"
+    else:
+        options["refcount_bits"] = draw(st.sampled_from(["1", "2", "4", "8", "16", "32", "64"]))
+        options["compression_type"] = draw(st.sampled_from(["zlib", "zstd"]))
+        options["lazy_refcounts"] = draw(st.sampled_from(["off", "off", "on"]))
+        if options["cluster_size"] in ("64k", "2M") and draw(st.booleans()):
+            options["extended_l2"] = "on"
+    if not backing:
+        options["preallocation"] = draw(st.sampled_from(["off", "off", "metadata", "falloc", "full"]))
+    return Kind(
+        size=draw(st.integers(1, 2000)),
+        options=options,
+        ours=draw(st.booleans()),
+        backing=backing,
+        backing_format=draw(st.sampled_from(["raw", "qcow2"])),
+        compress=draw(st.booleans()),
+        seed=draw(st.integers(0, 1 << 16)),
+    )
+
+
+class Tracked(bytearray):
+    """What the disk has to hold, and for each sector what it may hold if the server dies before the next flush."""
+
+    maybe: dict[int, set[bytes]]
+
+    def settle(self) -> None:
+        """Nothing of it can be lost any more."""
+        self.maybe = {}
+
+    def __setitem__(self, where: Any, data: Any) -> None:
+        assert isinstance(where, slice)
+        for sector in range(where.start // SECTOR, where.stop // SECTOR):
+            at = sector * SECTOR
+            self.maybe.setdefault(sector, {bytes(self[at : at + SECTOR])}).add(
+                bytes(data[at - where.start : at - where.start + SECTOR])
+            )
+        super().__setitem__(where, data)
+
+    def accept(self, found: bytes) -> None:
+        """What is there after the server died: old or new; from now on it stays."""
+        assert len(found) == len(self)
+        for at in range(0, len(found), SECTOR):
+            sector, content = at // SECTOR, found[at : at + SECTOR]
+            allowed = self.maybe.get(sector, {bytes(self[at : at + SECTOR])})
+            assert content in allowed, f"sector {sector} has {content[:8].hex()}…, which nobody wrote"
+        super().__setitem__(slice(0, len(found)), found)
+        self.settle()
+
+
+class Qcow2Machine(BlockMachine):
+    """The rules of `BlockMachine`, and what QEMU does to an image meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp())
+        self.path = self.directory / "image"
+        self.snapshots: dict[str, bytes] = {}
+        self.serial = 0
+        self.kind: Kind
+        self._model: Tracked
+
+    @initialize(kind=kinds())
+    def open(self, kind: Kind) -> None:
+        """Makes the image, and compares what it holds at first."""
+        self.kind = kind
+        content = bytearray(kind.size * SECTOR)
+        if kind.backing:
+            below = Random(kind.seed).randbytes(kind.backing * SECTOR)
+            (self.directory / "raw").write_bytes(below)
+            run("qemu-img", "convert", "-O", kind.backing_format, self.directory / "raw", self.directory / "base")
+            content[: len(below)] = below[: len(content)]
+        if kind.ours:
+            create(
+                self.path,
+                len(content),
+                cluster_size=_bytes(kind.options["cluster_size"]),
+                compression=kind.options.get("compression_type", "zstd"),
+                refcount_bits=int(kind.options.get("refcount_bits", "16")),
+                backing="base" if kind.backing else None,
+                backing_format=kind.backing_format if kind.backing else None,
+            )
+        else:
+            options = ",".join(f"{key}={value}" for key, value in kind.options.items())
+            backing = ["-b", "base", "-F", kind.backing_format] if kind.backing else []
+            run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, *backing, self.path, len(content))
+        self._model = Tracked(content)
+        self._model.settle()
+        self._start()
+        self._expect(0, self._handler.size)
+
+    @property
+    def can_share(self) -> bool:
+        """Whether a cluster can be counted twice."""
+        return self.kind.options.get("refcount_bits") != "1"
+
+    def make_handler(self) -> BlockHandler:
+        return Qcow2Handler(self.path, compress=self.kind.compress, cache_size=128 << 10, log_size=1 << 20, idle=0.01)
+
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+            if hasattr(self, "_loop") and not self._failed:
+                self.judge()
+        finally:
+            shutil.rmtree(self.directory)
+
+    @rule()
+    def flush(self) -> None:
+        """SYNCHRONIZE CACHE."""
+        super().flush()
+        self._model.settle()
+
+    def closed(self) -> None:
+        self._failed = True
+        self._loop.stop()
+        self._model.settle()
+        self.judge()
+
+    def opened(self) -> None:
+        self._start()
+        self._expect(0, self._handler.size)
+
+    def judge(self) -> None:
+        """QEMU finds nothing wrong with the closed image, and reads from it what it should, snapshots too."""
+        check(self.path)
+        raw = self.directory / "model"
+        raw.write_bytes(self._model)
+        run("qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", raw, self.path)
+        for extent in json.loads(run("qemu-img", "map", "--output=json", "-f", "qcow2", self.path)):
+            if extent["zero"]:
+                stop = min(extent["start"] + extent["length"], len(self._model))
+                assert not any(self._model[extent["start"] : stop]), f"QEMU has zeroes at {extent}"
+        for name, content in self.snapshots.items():
+            copy = self.directory / "snapshot"
+            run("qemu-img", "convert", "-f", "qcow2", "-l", name, "-O", "raw", self.path, copy)
+            assert copy.read_bytes() == content, f"snapshot {name} has changed"
+
+    @rule()
+    def close_and_open(self) -> None:
+        """Closes the image, has it judged, and opens it again."""
+        self.closed()
+        self.opened()
+
+    @rule(
+        where=st.tuples(st.integers(0, 2000), st.integers(1, 300)),
+        fill=st.integers(1, 255),
+        verb=st.sampled_from("wwzdc"),
+    )
+    def qemu_writes(self, where: tuple[int, int], fill: int, verb: str) -> None:
+        """qemu-io writes, zeroes, discards, or writes a compressed cluster."""
+        self.closed()
+        offset, length = self._range(*where)
+        model = self._model
+        if verb == "c":
+            cluster = _bytes(self.kind.options["cluster_size"])
+            offset = offset // cluster * cluster
+            length = min(cluster, len(model) - offset)
+            if self.kind.options.get("extended_l2") or model[offset : offset + length] != bytes(length):
+                # QEMU compresses into empty clusters only.
+                verb = "w"
+        commands = {
+            "w": f"write -P {fill} {offset} {length}",
+            "z": f"write -z {offset} {length}",
+            "d": f"write -z -u {offset} {length}",
+            "c": f"write -c -P {fill} {offset} {length}",
+        }
+        try:
+            run("qemu-io", "-f", "qcow2", "-c", commands[verb], self.path)
+        except AssertionError:
+            # It was allocated although it was zero.
+            assert verb == "c"
+        else:
+            model[offset : offset + length] = bytes([fill if verb in "wc" else 0]) * length
+        model.settle()
+        self.opened()
+
+    @precondition(lambda self: hasattr(self, "kind") and len(self.snapshots) < 3 and self.can_share)
+    @rule()
+    def snapshot(self) -> None:
+        """qemu-img makes a snapshot: from now on all clusters are shared."""
+        self.closed()
+        self.serial += 1
+        name = f"s{self.serial}"
+        run("qemu-img", "snapshot", "-c", name, self.path)
+        self.snapshots[name] = bytes(self._model)
+        self.opened()
+
+    @precondition(lambda self: self.snapshots)
+    @rule(data=st.data(), verb=st.sampled_from(["-a", "-d"]))
+    def apply_or_delete(self, data: st.DataObject, verb: str) -> None:
+        """qemu-img goes back to a snapshot, or deletes one."""
+        name = data.draw(st.sampled_from(sorted(self.snapshots)))
+        self.closed()
+        run("qemu-img", "snapshot", verb, name, self.path)
+        if verb == "-d":
+            del self.snapshots[name]
+        else:
+            self._model = Tracked(self.snapshots[name])
+            self._model.settle()
+        self.opened()
+
+    @precondition(lambda self: self.snapshots)
+    @rule(data=st.data())
+    def read_snapshot(self, data: st.DataObject) -> None:
+        """We read what a snapshot holds."""
+        name = data.draw(st.sampled_from(sorted(self.snapshots)))
+        self.closed()
+        current, content = self._model, self.snapshots[name]
+        self.make_handler, make = lambda: Qcow2Handler(self.path, snapshot=name), self.make_handler  # type: ignore[method-assign]
+        self._model = Tracked(content)
+        self._model.settle()
+        try:
+            self.opened()
+            self._failed = True
+            self._loop.stop()
+        finally:
+            self.make_handler = make  # type: ignore[method-assign]
+            self._model = current
+        self.opened()
+
+    # QEMU cannot resize with snapshots, nor always where what is below would show.
+    @precondition(lambda self: hasattr(self, "kind") and not self.snapshots and self.kind.backing <= self.kind.size)
+    @rule(sectors=st.integers(1, 700))
+    def grow(self, sectors: int) -> None:
+        """qemu-img makes the disk larger."""
+        self.closed()
+        size = len(self._model) + sectors * SECTOR
+        run("qemu-img", "resize", "-q", "-f", "qcow2", self.path, size)
+        self._model = Tracked(bytes(self._model).ljust(size, b"\0"))
+        self._model.settle()
+        self.opened()
+
+    @rule()
+    def die(self) -> None:
+        """The server dies: what it has in memory is lost, the log is not."""
+        other = self.directory / f"image{self.serial + 1}"
+        self.serial += 1
+        shutil.copyfile(self.path, other)
+        model = self._model
+        self._failed = True
+        self._loop.stop()
+        self.path.unlink()
+        self.path = other
+        self._start()
+        model.accept(self._call(lambda disk: disk.read(0, disk.size)))
+        self._expect(0, self._handler.size)
+
+
+def _bytes(text: str) -> int:
+    return int(text.rstrip("kM")) << {"k": 10, "M": 20}.get(text[-1], 0)
+
+
+@needs_qemu
+def test_qemu_agrees() -> None:
+    run_state_machine_as_test(
+        Qcow2Machine,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=12,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
