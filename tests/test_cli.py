@@ -280,3 +280,11 @@ def test_errors_of_a_group_make_one_line() -> None:
         "KeyError: 'two' (`tcmu-rs --debug ...` shows where)",
         "five",
     ]
+
+
+def test_what_a_handler_takes_is_told() -> None:
+    told = run("handlers", "luks").stdout
+    assert "-o key-file=PATH" in told and "lets whoever sees the file see" in told
+    assert "tcmu-rs create luks:CONFIG" in told and "-o version=1" in told
+    assert "tcmu-rs create" not in run("handlers", "ram").stdout
+    assert "no handler 'nothing'" in run("handlers", "nothing").stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import re
@@ -198,8 +199,9 @@ def attach(
 ) -> None:
     """Serve SPEC as a disk until SIGINT or SIGTERM.
 
-    SPEC is HANDLER:CONFIG; `tcmu-rs handlers` lists the handlers. When the disk is usable, its name and its
-    node are printed on one line, separated by a tab (the target's name for iSCSI, the configfs directory
+    SPEC is HANDLER:CONFIG; `tcmu-rs handlers` lists the handlers, `tcmu-rs handlers NAME` tells what one takes. One
+    that sits on another takes its specification: luks:qcow2:/var/tmp/disk. When the disk is usable, its name and
+    its node are printed on one line, separated by a tab (the target's name for iSCSI, the configfs directory
     without a fabric). A second signal cancels what is still in flight.
 
     If a killed server of the same SPEC has left the device behind, it is adopted: its users notice a pause only. With
@@ -430,15 +432,22 @@ def top(interval: float, rounds: int | None) -> None:
 
 
 @main.command()
+@click.argument("name", required=False, metavar="[NAME]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
-def handlers(as_json: bool) -> None:
-    """List the handlers that installed packages offer.
+def handlers(name: str | None, as_json: bool) -> None:
+    """List the handlers that installed packages offer, or tell what NAME takes.
 
     \b
     Examples:
       tcmu-rs handlers
+      tcmu-rs handlers luks                what stands behind the colon, and the options (-o)
       tcmu-rs handlers --json
     """
+    if name is not None:
+        if as_json:
+            raise click.UsageError("--json is for the list: leave NAME out")
+        print(_manual(name, _registry.load(name)))
+        return
     rows = []
     for name, offers in _registry.providers().items():
         problem = _registry.conflict(offers)
@@ -472,6 +481,18 @@ def handlers(as_json: bool) -> None:
             for row in rows
         ],
     )
+
+
+def _manual(name: str, handler: type[Any]) -> str:
+    """What a handler's author tells of its configuration and options: the documentation of the two methods."""
+    from ._handler import Handler
+
+    parts = [f"{name}: {_first_line(handler)}"]
+    methods = ((f"{name}:CONFIG", "from_config"), (f"tcmu-rs create {name}:CONFIG", "create"))
+    for heading, method in methods:
+        if getattr(handler, method).__func__ is not getattr(Handler, method).__func__:
+            parts.append(f"{heading}\n{inspect.getdoc(getattr(handler, method)) or 'not documented'}".replace("`", ""))
+    return "\n\n".join(parts)
 
 
 def _first_line(handler: type[Any]) -> str:
