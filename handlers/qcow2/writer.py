@@ -15,6 +15,7 @@ import trio
 from tcmu_rs import IoVec
 
 from ._errors import Qcow2Error
+from .branching import Branching
 from .cache import UNIT, Entry, runs
 from .changes import Changes
 from .header import DATA_FILE, DIRTY, SECTOR, LogPlace, with_log, without_log
@@ -856,6 +857,28 @@ class Writer:
         finally:
             self._checkpointing = None
             done.set()
+
+    # Maps as a whole.
+
+    async def branch(self, change: Callable[[Branching], None]) -> None:
+        """Makes a change of the whole map durable; nobody may write meanwhile.
+
+        Raises:
+            Qcow2Error: It cannot be made; nothing is changed.
+        """
+        await self._start()
+        await self.destage()
+        await self.flush()
+        await self.checkpoint()
+        try:
+            change(Branching(self._image, self._changes, self._space))
+        except Qcow2Error:
+            # These are raised before anything is changed.
+            raise
+        except Exception as error:
+            self._fail(OSError(errno.EUCLEAN, str(error)))
+            raise
+        await self.checkpoint()
 
     # Life.
 
