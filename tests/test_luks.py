@@ -894,7 +894,7 @@ def filled(tmp_path: Path, config: str, *options: str) -> bytes:
 
 
 def opened_again(tmp_path: Path, config: str, *options: str) -> LuksHandler:
-    only_create = ("iter-time", "version", "key-size", "label", "sector-size")
+    only_create = ("iter-time", "version", "key-size", "label", "sector-size", "cluster-size")
     pairs = [text.split("=", 1) for text in (f"key-file={tmp_path / 'key'}", *options)]
     extra = {name: value for name, value in pairs if name.removeprefix("lower.") not in only_create}
     return LuksHandler.from_config(config, Options(extra=extra))
@@ -949,6 +949,16 @@ def test_on_another_handler(tmp_path: Path, cheap: None) -> None:
     assert trio.run(contents, below)[:6] == b"LUKS\xba\xbe"
     found = run("info", f"luks:luks:{path}", "-o", f"lower.key-file={other}", "--json")
     assert json.loads(found.stdout)["sector size"] == 4096
+
+
+@pytest.mark.parametrize("below", ["qcow2", "zstd"])
+def test_on_an_image(tmp_path: Path, below: str, cheap: None) -> None:
+    config = f"{below}:{tmp_path / 'image'}"
+    data = filled(tmp_path, config, "iter-time=1", "lower.cluster-size=16K")
+    assert trio.run(contents, opened_again(tmp_path, config)) == data
+    assert (tmp_path / "image").read_bytes()[:4] == b"QFI\xfb"
+    found = json.loads(run("info", f"luks:{config}", "--json").stdout)
+    assert (found["data offset"], found["data size"]) == (OFFSET, MIB)
 
 
 def test_a_file_that_is_named_like_a_handler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cheap: None) -> None:

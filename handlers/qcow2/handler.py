@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,7 @@ class Qcow2Handler(BlockHandler):
         return handler
 
     @classmethod
-    async def create(cls, config: str, options: Options) -> None:
+    async def create(cls, config: str, options: Options) -> Self:
         """Makes an empty image.
 
         Options are `cluster-size`, `refcount-bits`, `backing=NAME` and `backing-format=qcow2|raw`; the size is that of
@@ -134,8 +135,19 @@ class Qcow2Handler(BlockHandler):
             backing=extra.pop("backing", None),
             backing_format=extra.pop("backing-format", None),
         )
-        cls._check_options(extra, "cluster-size, refcount-bits, backing and backing-format")
+        later = ("backing-root", "compression", "level")
+        unknown = {key: value for key, value in extra.items() if key not in later}
+        cls._check_options(unknown, f"cluster-size, refcount-bits, backing, backing-format, {', '.join(later)}")
+        # Those are for the image when it is used: `copy --create` goes on with it.
+        handler = cls.from_config(config, replace(options, size=None, create=False, extra=extra))
         await trio.to_thread.run_sync(make)
+        return handler
+
+    @classmethod
+    async def remove(cls, config: str, options: Options) -> bool:
+        """Deletes the image that `create` has made."""
+        await trio.Path(config).unlink()
+        return True
 
     @classmethod
     async def info(cls, config: str, options: Options) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import re
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 import click
 import trio
 
-from . import _devices, _doctor, _errors, _lio, _registry
+from . import _devices, _doctor, _errors, _lio, _memory, _registry
 
 _log = logging.getLogger("tcmu_rs")
 
@@ -180,6 +181,7 @@ def _options(
 @click.option("--allow-network", is_flag=True, help="Let other machines reach the portal. There is no password.")
 @click.option("--wwn", help="Serial number of the disk, a UUID.  [default: computed from name and SPEC]")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
+@click.option("--lock-memory/--no-lock-memory", default=True, show_default=True, help="Keep the server in memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def attach(
     spec: tuple[str, str],
@@ -191,13 +193,15 @@ def attach(
     block_size: str | None,
     name: str | None,
     supervise: bool,
+    lock_memory: bool,
     as_json: bool,
     **device_options: Any,
 ) -> None:
     """Serve SPEC as a disk until SIGINT or SIGTERM.
 
-    SPEC is HANDLER:CONFIG; `tcmu-rs handlers` lists the handlers. When the disk is usable, its name and its
-    node are printed on one line, separated by a tab (the target's name for iSCSI, the configfs directory
+    SPEC is HANDLER:CONFIG; `tcmu-rs handlers` lists the handlers, `tcmu-rs handlers NAME` tells what one takes. One
+    that sits on another takes its specification: luks:qcow2:/var/tmp/disk. When the disk is usable, its name and
+    its node are printed on one line, separated by a tab (the target's name for iSCSI, the configfs directory
     without a fabric). A second signal cancels what is still in flight.
 
     If a killed server of the same SPEC has left the device behind, it is adopted: its users notice a pause only. With
@@ -261,6 +265,7 @@ def attach(
         leave_on_error=supervise,
         **device_options,
     )
+    _memory.protect_memory(lock=lock_memory)
     trio.run(_serving.serve_until_signal, attaching, announce, leash)
 
 
@@ -269,7 +274,8 @@ def attach(
 @click.option("--replies", is_flag=True, help="Let the kernel wait for us when devices are made: see below.")
 @click.option("--copies", is_flag=True, help="Let initiators copy between the devices.")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
-def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool) -> None:
+@click.option("--lock-memory/--no-lock-memory", default=True, show_default=True, help="Keep the server in memory.")
+def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool, lock_memory: bool) -> None:
     """Serve the devices that targetcli and other programs make.
 
     Serves every user-backed device whose configuration begins with one of the HANDLERs (all that are installed, if
@@ -309,6 +315,7 @@ def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool) -
 
     copy_domain = CopyDomain() if copies else None
     serve = functools.partial(_daemon.serving, handlers, replies=replies, copy_domain=copy_domain)
+    _memory.protect_memory(lock=lock_memory)
     trio.run(_serving.serve_until_signal, serve, announce, leash)
 
 
@@ -425,15 +432,22 @@ def top(interval: float, rounds: int | None) -> None:
 
 
 @main.command()
+@click.argument("name", required=False, metavar="[NAME]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
-def handlers(as_json: bool) -> None:
-    """List the handlers that installed packages offer.
+def handlers(name: str | None, as_json: bool) -> None:
+    """List the handlers that installed packages offer, or tell what NAME takes.
 
     \b
     Examples:
       tcmu-rs handlers
+      tcmu-rs handlers luks                what stands behind the colon, and the options (-o)
       tcmu-rs handlers --json
     """
+    if name is not None:
+        if as_json:
+            raise click.UsageError("--json is for the list: leave NAME out")
+        print(_manual(name, _registry.load(name)))
+        return
     rows = []
     for name, offers in _registry.providers().items():
         problem = _registry.conflict(offers)
@@ -467,6 +481,18 @@ def handlers(as_json: bool) -> None:
             for row in rows
         ],
     )
+
+
+def _manual(name: str, handler: type[Any]) -> str:
+    """What a handler's author tells of its configuration and options: the documentation of the two methods."""
+    from ._handler import Handler
+
+    parts = [f"{name}: {_first_line(handler)}"]
+    methods = ((f"{name}:CONFIG", "from_config"), (f"tcmu-rs create {name}:CONFIG", "create"))
+    for heading, method in methods:
+        if getattr(handler, method).__func__ is not getattr(Handler, method).__func__:
+            parts.append(f"{heading}\n{inspect.getdoc(getattr(handler, method)) or 'not documented'}".replace("`", ""))
+    return "\n\n".join(parts)
 
 
 def _first_line(handler: type[Any]) -> str:
