@@ -176,7 +176,7 @@ class Space:
         else:
             self._align()
             at = self._extend(count * self._cluster_size)
-        if self.packed:
+        if self._users:
             self.use(at, count * self._cluster_size)
         return at
 
@@ -314,6 +314,12 @@ class Space:
     def end_scan(self) -> None:
         """Everything is known."""
         self._walked = self._unknown = 0
+
+    def forget_sectors(self) -> None:
+        """From now on only whole clusters are used again: others have become users of sectors, too."""
+        self.packed = False
+        self._users.clear()
+        self.holes = Holes()
 
     def trim(self, offset: int, length: int) -> int:
         """Where the file may end: behind the last cluster in use, if `offset` and `length` (the log) are free."""

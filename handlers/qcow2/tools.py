@@ -1,4 +1,4 @@
-"""What is done to images that are not served: making them."""
+"""What is done to images that are not served: making and describing them."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import trio
 from tcmu_rs import IoVec
 
 from ._errors import Qcow2Error
+from .branching import Branching
 from .cache import UNIT, Entry, runs
 from .changes import Changes
 from .header import DATA_FILE, DIRTY, SECTOR, LogPlace, with_log, without_log
@@ -501,15 +502,12 @@ class Writer:
     async def _destage(self, batch: Sequence[tuple[int, Entry]], *, locked: bool = False) -> None:
         """Compresses, writes, and then changes the map where nobody has written meanwhile."""
         with trio.CancelScope(shield=True):
+            # Nobody has to wait for these while they wait.
+            await self._afford(self._cost(batch), locked=locked)
+            batch = [(cluster, entry) for cluster, entry in batch if self._is_idle(cluster, entry)]
+            worst = self._cost(batch)
             jobs = self._jobs(batch)
             placed: list[_Job] = []
-            worst = self._cost(jobs)
-            try:
-                await self._afford(worst, locked=locked)
-            except BaseException:
-                for job in jobs:
-                    job.entry.busy = False
-                raise
             self._promised += worst
             try:
                 await trio.to_thread.run_sync(self._prepare, jobs)
@@ -558,10 +556,13 @@ class Writer:
         most = _BATCH >> self._bits
         return max(1, most if self._all_metadata() <= room else min(most, room // (_PAGES * self._pages.size)))
 
-    def _cost(self, jobs: Sequence[_Job]) -> int:
-        """Bytes of metadata that these may dirty, at most."""
-        tables = {job.cluster >> self._image.tables.l2_bits for job in jobs if self._changes.needs_table(job.cluster)}
-        cost = len(jobs) * _PAGES * self._pages.size + len(tables) * (self._cluster_size + self._worst // 2)
+    def _is_idle(self, cluster: int, entry: Entry) -> bool:
+        return self._cache.get(cluster) is entry and not entry.busy
+
+    def _cost(self, batch: Sequence[tuple[int, Entry]]) -> int:
+        """Bytes of metadata that the destaging of these may dirty, at most."""
+        tables = {cluster >> self._image.tables.l2_bits for cluster, _ in batch if self._changes.needs_table(cluster)}
+        cost = len(batch) * _PAGES * self._pages.size + len(tables) * (self._cluster_size + self._worst // 2)
         return min(cost, self._all_metadata())
 
     def _all_metadata(self) -> int:
@@ -856,6 +857,28 @@ class Writer:
         finally:
             self._checkpointing = None
             done.set()
+
+    # Maps as a whole.
+
+    async def branch(self, change: Callable[[Branching], None]) -> None:
+        """Makes a change of the whole map durable; nobody may write meanwhile.
+
+        Raises:
+            Qcow2Error: It cannot be made; nothing is changed.
+        """
+        await self._start()
+        await self.destage()
+        await self.flush()
+        await self.checkpoint()
+        try:
+            change(Branching(self._image, self._changes, self._space))
+        except Qcow2Error:
+            # These are raised before anything is changed.
+            raise
+        except Exception as error:
+            self._fail(OSError(errno.EUCLEAN, str(error)))
+            raise
+        await self.checkpoint()
 
     # Life.
 

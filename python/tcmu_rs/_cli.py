@@ -660,6 +660,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 # Commands in modules of their own, which use what is above.
-from . import _cli_copy  # noqa: E402
+from . import _cli_copy, _cli_storage  # noqa: E402
 
-main.add_command(_cli_copy.copy)
+for _command in (_cli_copy.copy, _cli_storage.resize, _cli_storage.snapshot, _cli_storage.compact):
+    main.add_command(_command)
