@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import json
 import logging
 import re
@@ -19,6 +20,7 @@ import click
 import trio
 
 from . import _devices, _doctor, _errors, _lio, _memory, _registry
+from ._text import printable
 
 _log = logging.getLogger("tcmu_rs")
 
@@ -54,6 +56,9 @@ class _Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs a command and exits."""
         kwargs["standalone_mode"] = False
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Names of files may have bytes that are no text.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             code = super().main(*args, **kwargs)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -72,7 +77,7 @@ class _Commands(click.Group):
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo("error: " + " ".join(message.split()), err=True)
+    click.echo("error: " + printable(" ".join(message.split())), err=True)
     sys.exit(code)
 
 
@@ -409,7 +414,7 @@ def stats(name: str, as_json: bool) -> None:
         print(json.dumps(record, indent=2))
     else:
         for line in _top.describe(record):
-            print(line)
+            print(printable(line))
 
 
 @main.command()
@@ -639,6 +644,7 @@ def format_size(size: int) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table for a person, or lines with tabs for a program."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in (header, *rows):
             print("\t".join(row))
