@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _PATIENCE = 64
 """How often a read is tried again after what it lacked was brought into memory."""
 _MAX_EXTENTS = 256
+_LARGE = 128 << 10
+"""Bytes of a read that is worth a thread."""
 
 
 class Qcow2Handler(BlockHandler):
@@ -296,9 +298,15 @@ class Qcow2Handler(BlockHandler):
         """Reads; waits only for what is not in memory."""
         image = self._image
         assert image is not None
+        large = iov.nbytes >= _LARGE
         for _ in range(_PATIENCE):
             try:
-                image.read(offset, iov, wait=False)
+                found = image.collect(offset, iov) if large else None
+                if found is None:
+                    image.read(offset, iov, wait=False)
+                elif found:
+                    # Of several large reads one is decompressed beside the other.
+                    await trio.to_thread.run_sync(image.decompress_into, found)
                 return
             except Cold as cold:
                 await trio.to_thread.run_sync(cold.warm)

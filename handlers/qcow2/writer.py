@@ -46,6 +46,7 @@ _TABLES_AT_ONCE = 1024
 _PAGES = 4
 """Pages of L2 and refcounts that one change of the map dirties, at most, where the tables are there."""
 _MANY_DROPPED = 4096
+"""Places that wait for a record, to be used again, before one is made for them; fewer in small images."""
 _SLACK = 8
 _SMALL = 64 << 20
 """Bytes of an image that is looked through at once, before the first change."""
@@ -126,7 +127,8 @@ class Writer:
         # What one change of the map may dirty: L2 and refcounts, a new L2 table, a new refcount block.
         self._worst = 2 * self._cluster_size + 6 * self._pages.size
         self._log_size = max(log_size or min(_MAX_LOG, max(_MIN_LOG, image.size >> 6)), STATES + 8 * self._worst)
-        # The same of changes that are on their way.
+        self._many = min(_MANY_DROPPED, max(256, image.size >> self._bits >> 5))
+        # Bytes that the changes on their way may dirty.
         self._promised = 0
         self._idle = idle
         self._chain = chain
@@ -169,7 +171,8 @@ class Writer:
 
     async def write(self, offset: int, iov: IoVec) -> None:
         """Stores; it is durable after the next flush."""
-        await self._start()
+        if self._log is None or self._failed is not None:
+            await self._start()
         self._writes += 1
         total = iov.nbytes
         done = 0
@@ -178,7 +181,10 @@ class Writer:
             step = min(self._cluster_size - within, total - done)
             part = iov if step == total else iov.slice(done, done + step)
             cluster = (offset + done) >> self._bits
-            await self._retry(lambda c=cluster, w=within, p=part: self._put(c, w, p))  # type: ignore[misc]
+            try:
+                self._put(cluster, within, part)
+            except (Cold, _CacheFullError, OSError):
+                await self._retry(lambda c=cluster, w=within, p=part: self._put(c, w, p))  # type: ignore[misc]
             done += step
 
     async def write_zeroes(self, offset: int, length: int) -> None:
@@ -408,7 +414,7 @@ class Writer:
                     continue
                 await self._try(self._destage, batch)
                 # What was freed is used again only after a record, and one must not become too large.
-                if len(self._changes.dropped) > _MANY_DROPPED or self._changed > self._log_size // 32:
+                if len(self._changes.dropped) > self._many or self._changed > self._log_size // 32:
                     await self._try(self.flush)
         finally:
             self._leave()
