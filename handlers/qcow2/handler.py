@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _PATIENCE = 64
 """How often a read is tried again after what it lacked was brought into memory."""
 _MAX_EXTENTS = 256
+_LEVELS = (9, 22)
+"""The highest levels of zlib and zstd."""
 _LARGE = 128 << 10
 """Bytes of a read that is worth a thread."""
 
@@ -264,6 +266,9 @@ class Qcow2Handler(BlockHandler):
             if self._wanted_size not in (None, image.size):
                 raise ValueError(f"{self.path} has {image.size} bytes, not the {self._wanted_size} that were asked for")
             image.block_size = self.block_size
+            hardest = _LEVELS[image.header.compression_type]
+            if self._level is not None and not 1 <= self._level <= hardest:
+                raise ValueError(f"level is {self._level}; for {image.header.compression_name()} it is 1 to {hardest}")
             image.codec.level = self._level or 1
             if not self.read_only:
                 writer = Writer(image, compress=self._compress, chain=image.chain, **self._writing)
@@ -328,6 +333,16 @@ class Qcow2Handler(BlockHandler):
     async def write_zeroes(self, offset: int, length: int) -> None:
         """The same."""
         await self._writing_to().write_zeroes(offset, length)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the image was opened; nothing while only reads have been served.
+
+        `dirty`: bytes of clusters that are newer in memory. `hits` and `misses`: writes that found their cluster there,
+        or not. `destaged`: clusters written back. `compressed` and `stored`: bytes before and after compression.
+        `in_place`: writes to plain clusters where they are. `commits`: records of the log. `checkpoints`.
+        `free`: bytes of holes that will be used again.
+        """
+        return {} if self._writer is None else self._writer.statistics()
 
     def _writing_to(self) -> Writer:
         if self._writer is None:

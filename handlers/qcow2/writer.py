@@ -19,7 +19,7 @@ from .branching import Branching
 from .cache import UNIT, Entry, runs
 from .changes import Changes
 from .header import DATA_FILE, DIRTY, SECTOR, LogPlace, with_log, without_log
-from .image import Image
+from .image import Image, Kind
 from .log import SAVED_SECTOR, STATES, Chain, Log, Record
 from .pages import Cold
 from .refcounts import Refcounts
@@ -155,7 +155,16 @@ class Writer:
         self._ended = trio.Event()
         # A frame takes at least so much of a host cluster, so that its refcount suffices.
         self._least = max(1, self._cluster_size // min(1 << 62, (1 << (1 << header.refcount_order)) // 2))
-        self.counters = {"destaged": 0, "in_place": 0, "commits": 0, "checkpoints": 0, "compressed": 0, "stored": 0}
+        self.counters = {
+            "hits": 0,
+            "misses": 0,
+            "destaged": 0,
+            "in_place": 0,
+            "commits": 0,
+            "checkpoints": 0,
+            "compressed": 0,
+            "stored": 0,
+        }
 
     @property
     def active(self) -> bool:
@@ -166,6 +175,13 @@ class Writer:
     def dirty(self) -> int:
         """Bytes of clusters that are newer in memory."""
         return len(self._cache) << self._bits
+
+    def statistics(self) -> dict[str, int]:
+        """What the handler tells."""
+        if self._log is None:
+            return {}
+        free = (self._space.holes.sectors + self._space.clusters.sectors) * SECTOR
+        return {"dirty": self.dirty, "free": free, **self.counters}
 
     # Commands.
 
@@ -314,6 +330,9 @@ class Writer:
                 self.counters["in_place"] += 1
                 return
             entry = self._add_entry(cluster, whole=length == self._cluster_size)
+            self.counters["misses"] += 1
+        else:
+            self.counters["hits"] += 1
         part.copy_into(memoryview(entry.data)[within : within + length])
         if not entry.unlogged:
             self._unlogged_entries[cluster] = entry
@@ -383,7 +402,8 @@ class Writer:
     def _zero_part(self, cluster: int, within: int, length: int) -> None:
         if cluster not in self._cache:
             parts = self._image.extents((cluster << self._bits) + within, length, wait=False)
-            if all(part.kind == 1 or (part.kind == 0 and not self._changes.shines_through(cluster)) for part in parts):
+            below = self._changes.shines_through(cluster)
+            if all(part.kind == Kind.ZERO or (part.kind == Kind.UNALLOCATED and not below) for part in parts):
                 return
         self._put(cluster, within, IoVec([bytes(length)]))
 
