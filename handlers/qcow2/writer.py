@@ -46,6 +46,7 @@ _TABLES_AT_ONCE = 1024
 _PAGES = 4
 """Pages of L2 and refcounts that one change of the map dirties, at most, where the tables are there."""
 _MANY_DROPPED = 4096
+_SLACK = 8
 _SMALL = 64 << 20
 """Bytes of an image that is looked through at once, before the first change."""
 
@@ -320,7 +321,8 @@ class Writer:
             self._image.read(cluster << self._bits, IoVec([data]), wait=False)
         cost = self._cluster_size + 2 * SECTOR
         if self._changes.needs_table(cluster):
-            cost += self._cluster_size
+            # And what is cut off in front of it.
+            cost += 2 * self._cluster_size
         self._space.reserve(cost)
         entry = self._cache[cluster] = Entry(data, cost)
         if len(self._cache) > self._limit // 2:
@@ -358,8 +360,8 @@ class Writer:
     def _zero(self, cluster: int) -> None:
         """A whole cluster is zero."""
         if self._changes.needs_table(cluster) and self._changes.shines_through(cluster):
-            self._space.reserve(2 * self._cluster_size)
-            self._space.release(2 * self._cluster_size)
+            self._space.reserve(3 * self._cluster_size)
+            self._space.release(3 * self._cluster_size)
         try:
             mapped = self._changes.map_zero(cluster)
         except Exception as error:
@@ -424,10 +426,29 @@ class Writer:
                 if now == last and now != clean and not self._failed:
                     await self._try(self.destage)
                     await self._try(self.checkpoint)
+                    await self._try(self.punch)
                     clean = now
                 last = now
         finally:
             self._leave()
+
+    async def punch(self) -> None:
+        """Gives free space back to the file system; nobody gets it meanwhile."""
+        if not self._space.freed:
+            return
+        self._space.freed = False
+        found = self._space.take_large()
+        with trio.CancelScope(shield=True):
+            try:
+                await trio.to_thread.run_sync(self._punch, found)
+            finally:
+                self._space.give_back(found)
+
+    def _punch(self, found: Sequence[tuple[Any, int, int]]) -> None:
+        """In a thread."""
+        for _, start, length in found:
+            if not self._storage.punch(start * SECTOR, length * SECTOR):
+                return
 
     async def _try(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Runs what nobody waits for: whoever needs it to succeed finds out."""
@@ -891,7 +912,7 @@ class Writer:
             if self._log is None:
                 self._check()
                 with trio.CancelScope(shield=True):
-                    await self._in_thread(self._announce)
+                    await trio.to_thread.run_sync(self._announce)
                     await self._begin()
 
     async def _begin(self) -> None:
@@ -929,7 +950,11 @@ class Writer:
             if extensions:
                 storage.pwrite(at, [extensions])
                 storage.fdatasync()
+            self._open_space(end + size)
+            # For refcount blocks, that nobody counts on.
+            self._space.reserve(_SLACK * self._cluster_size)
         except OSError:
+            # Nothing has begun yet.
             storage.truncate(end)
             raise
         storage.pwrite(0, [opened])
@@ -937,7 +962,6 @@ class Writer:
         self._pages.forget(0, self._pages.size)
         self._sector = sector
         self._image.log_range = (end, end + size)
-        self._open_space(end + size)
         self._log = Log(storage, place, self._pages.size)
 
     def _open_space(self, end: int) -> None:
@@ -964,8 +988,9 @@ class Writer:
             self._open_space(max(end, (last + 1) << self._bits))
 
         await self._in_thread(settle)
+        self._space.reserve(_SLACK * self._cluster_size)
         for entry in self._cache.values():
-            entry.cost = 2 * self._cluster_size + 2 * SECTOR
+            entry.cost = 3 * self._cluster_size + 2 * SECTOR
             self._logged += entry.logged.bit_count() * UNIT
             self._space.reserve(entry.cost)
         self._log = log
@@ -993,6 +1018,7 @@ class Writer:
                 await self.flush()
                 await self.checkpoint()
             self._check()
+            await self.punch()
             await self._in_thread(self._renounce)
             self._log = None
 
