@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.kdf import argon2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
 
 from tcmu_rs import AesXts, IoVec, Options, ScsiError, _cli
 from tcmu_rs.handlers.file import FileHandler
@@ -30,7 +31,8 @@ from tcmu_rs.handlers.luks import LuksError, LuksHandler, WrongPassphraseError, 
 from tcmu_rs.handlers.luks.container import parse_header
 from tcmu_rs.handlers.luks.handler import STAGE
 from tcmu_rs.handlers.luks.volume import Volume
-from tcmu_rs.testing import simulated
+from tcmu_rs.testing import check_block_handler, simulated
+from tcmu_rs.testing.model import BlockMachine
 
 from .luks import CHEAP, OFFSET, PASSPHRASE, Memory, container, key, make_cheap
 
@@ -682,6 +684,34 @@ async def test_a_transfer_larger_than_the_buffer() -> None:
         part = bytearray(size - 1024)
         await disk.read(512, IoVec([part]))
         assert part == data[512:-512]
+
+
+GEOMETRIES = pytest.mark.parametrize(
+    ("sector_size", "block_size", "lower_block"),
+    [(4096, 4096, 512), (4096, 512, 512), (512, 512, 512), (512, 512, 4096), (2048, 1024, 4096)],
+)
+
+
+@GEOMETRIES
+async def test_the_kit_of_obligations(sector_size: int, block_size: int, lower_block: int) -> None:
+    memory = Memory(bytearray(_container(MIB, sector_size)), block_size=lower_block)
+    make = functools.partial(LuksHandler, memory, key, block_size=block_size, allow_discards=True)
+    await check_block_handler(make, persistent=True)
+
+
+@GEOMETRIES
+def test_the_disk_is_like_the_model(sector_size: int, block_size: int, lower_block: int) -> None:
+    class Machine(BlockMachine):
+        persistent = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = Memory(bytearray(_container(64 * 4096, sector_size)), block_size=lower_block)
+
+        def make_handler(self) -> LuksHandler:
+            return LuksHandler(self.memory, key, block_size=block_size)
+
+    run_state_machine_as_test(Machine, settings=settings(max_examples=5, stateful_step_count=20, deadline=None))
 
 
 async def test_what_the_disk_can_follows_from_what_is_below() -> None:
