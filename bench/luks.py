@@ -85,11 +85,11 @@ def serving(directory: Path, *command: str) -> Iterator[tuple[str, int]]:
         process.wait()
 
 
-def theirs(uri: str, pid: int, seconds: float, pattern: str, length: int, depth: int) -> Figure:
+def theirs(uri: str, pid: int, seconds: float, pattern: str, length: int, depth: int, *, size: int = SIZE) -> Figure:
     """Runs a pattern with fio."""
     before = cpu_of(pid)
     command = [
-        "fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}", f"--bs={length}", f"--size={SIZE}",
+        "fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}", f"--bs={length}", f"--size={size}",
         f"--iodepth={depth}", "--time_based", f"--runtime={seconds}", "--randrepeat=1", "--norandommap",
         "--output-format=json",
     ]  # fmt: skip

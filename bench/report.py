@@ -81,8 +81,7 @@ def publish(module: str, text: str, *, write: bool) -> None:
         return
     before = RESULTS.read_text()
     old = re.compile(rf"^## `python -m {re.escape(module)}[` ].*?(?=^## |\Z)", re.M | re.S)
-    if old.search(before):
-        after = old.sub(lambda _: section + "\n", before)
-    else:
+    after, found = old.subn(lambda _: section + "\n", before)
+    if not found:
         after = before.rstrip() + "\n\n" + section
     RESULTS.write_text(after.rstrip() + "\n")

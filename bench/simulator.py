@@ -2,8 +2,9 @@
 
     python -m bench.simulator [--quick] [--write]
 
-One process and one thread do everything: the handler, the runtime, and the kernel's side with its copies, so the figures
-are what one core does for all of it. The initiator keeps `depth` commands outstanding and sends what is due at once.
+One process and one thread do everything: the handler, the runtime, and the kernel's side with its copies, so the
+figures are what one core does for all of it. The initiator keeps `depth` commands outstanding and sends what is due at
+once.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def idle_devices(count: int, seconds: float) -> tuple[float, float, int]:
             cpu = time.process_time()
             await trio.sleep(seconds)
             cpu = time.process_time() - cpu
-            woken = sum(device.statistics()["wakeups"] for device in served)
+            woken = sum(device.statistics().wakeups for device in served)
             for device in served:
                 device.stop()
         return grown, cpu / seconds * 100, woken
@@ -208,7 +209,7 @@ def main() -> None:
         for write in (False, True):
             verb = "write" if write else "read"
             rates: dict[str, list[float]] = {}
-            rows = []
+            rows: list[list[object]] = []
             for name in colours:
                 figures = [run(name, depth=depth, write=write) for depth in DEPTHS]
                 rates[name] = [figure.rate / 1000 for figure in figures]
@@ -219,10 +220,9 @@ def main() -> None:
                 plot(f"simulator-{verb}", f"4 KiB {verb}s", DEPTHS, rates, x_label="depth", y_label="thousands/s")
             )
 
-        rows, lines = [], []
+        rows = []
         for count in SCALE if not arguments.quick else DEVICES:
             figure = run("async def", depth=32, devices=count)
-            lines.append(figure.rate / 1000)
             rows.append([count, f"{figure.rate / 1000:.1f}", figure.cpu])
         text.append("### Devices in one process, all busy: 4 KiB reads, `async def`, depth 32 each")
         text.append(table(["devices", "thousands/s in all", "µs CPU each"], rows))
@@ -244,8 +244,15 @@ def main() -> None:
         text.append("### Megabytes per second by block size, depth 8")
         text.append(table(["handler", *(f"{length >> 10} KiB" for length in lengths)], rows))
         text.append(
-            plot("simulator-sizes", "Block sizes, depth 8", [n >> 10 for n in lengths], rates,
-                 x_label="KiB", y_label="MB/s", log_y=True)  # fmt: skip
+            plot(
+                "simulator-sizes",
+                "Block sizes, depth 8",
+                [n >> 10 for n in lengths],
+                rates,
+                x_label="KiB",
+                y_label="MB/s",
+                log_y=True,
+            )
         )
     publish("bench.simulator", "\n\n".join(text), write=arguments.write)
 
