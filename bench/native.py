@@ -67,17 +67,12 @@ def ours(make: type[Memory], pattern: str, depth: int, seconds: float) -> Figure
     return trio.run(functools.partial(measure, big(make), depth=depth, seconds=seconds, write=write))
 
 
-def theirs(uri: str, pid: int, pattern: str, depth: int, seconds: float) -> Figure:
-    """Runs a pattern with fio."""
-    return Figure(*luks.theirs(uri, pid, seconds, pattern, 4096, depth, size=SIZE))
-
-
-def compare(pattern: str, uri: str, pid: int, seconds: float, rounds: int) -> list[str]:
+def compare(pattern: str, theirs: luks.Measure, seconds: float, rounds: int) -> list[str]:
     """Runs a pattern on all servers in turn, and describes it."""
     servers: dict[str, Callable[[str, int, float], Figure]] = {
         "ours, def": functools.partial(ours, Plain),
         "ours, async def": functools.partial(ours, Async),
-        RIVAL: functools.partial(theirs, uri, pid),
+        RIVAL: lambda pattern, depth, seconds: Figure(*theirs(pattern, 4096, depth, seconds)),
     }
     found: dict[str, list[Figure]] = {server: [] for server in servers}
     for depth in DEPTHS:
@@ -109,9 +104,9 @@ def main() -> None:
         directory = Path(name)
         (directory / "ram.py").write_text(PLUGIN)
         command = ["nbdkit", "-f", "-U", "SOCKET", "python", str(directory / "ram.py")]
-        with luks.serving(directory, *command) as (uri, pid):
-            for pattern in ("randread", "randwrite"):
-                text += compare(pattern, uri, pid, seconds, rounds)
+        theirs = luks.over_nbd(directory / "socket", *command, size=SIZE)
+        for pattern in ("randread", "randwrite"):
+            text += compare(pattern, theirs, seconds, rounds)
     publish("bench.native", "\n\n".join(text), write=arguments.write)
 
 

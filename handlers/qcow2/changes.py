@@ -27,6 +27,9 @@ class Changes:
         fresh: The map names plain clusters whose data may not be durable.
         dropped: Places that are free when the next record is durable: offset, and length or 0 for a whole cluster.
         dropped_metadata: Clusters that are free after the next checkpoint.
+        pending: Host clusters without users that must not be used yet.
+        scanned: Guest clusters before this one have been counted, if the image is being looked through.
+        scan_stop: What lies from here on in the file has always been counted.
     """
 
     def __init__(self, image: Image, space: Space) -> None:
@@ -44,6 +47,9 @@ class Changes:
         self.fresh = False
         self.dropped: list[tuple[int, int]] = []
         self.dropped_metadata: list[int] = []
+        self.pending: set[int] = set()
+        self.scanned = 1 << 62
+        self.scan_stop = 0
 
     # The map.
 
@@ -87,7 +93,7 @@ class Changes:
         if self._extended:
             self._pages.set_word(at + 8, bitmap)
         self.settled.add(cluster)
-        self._drop(old)
+        self._drop(cluster, old)
 
     def _table(self, index: int) -> int:
         """Offset of an L2 table that nobody else has."""
@@ -107,20 +113,26 @@ class Changes:
         """Whether a change of this guest cluster makes an L2 table."""
         return not self._tables.l1(cluster >> self._tables.l2_bits) & COPIED
 
-    def _drop(self, entry: int) -> None:
-        """An entry is gone."""
+    def _drop(self, cluster: int, entry: int) -> None:
+        """A guest cluster had this entry."""
         if entry & COMPRESSED:
             offset, length = self._tables.place(entry)
             self._image.forget_decompressed(entry)
             self.extents.pop(offset, None)
             for host in range(offset >> self._bits, ((offset + length - 1) >> self._bits) + 1):
                 if not self.refcounts.add(host, -1) and not self._space.knows(host << self._bits):
-                    self.dropped.append((host << self._bits, 0))
-            self.dropped.append((offset, length))
+                    self.drop_cluster(host << self._bits)
+            if cluster < self.scanned or offset >= self.scan_stop:
+                self.dropped.append((offset, length))
         elif entry & OFFSET:
             host = self._tables.host(entry)
             if not self.refcounts.add(host >> self._bits, -1):
-                self.dropped.append((host, 0))
+                self.drop_cluster(host)
+
+    def drop_cluster(self, offset: int) -> None:
+        """A host cluster has no users any more."""
+        self.dropped.append((offset, 0))
+        self.pending.add(offset)
 
     # Refcounts and metadata.
 
@@ -137,6 +149,7 @@ class Changes:
         if not self.refcounts.add(offset >> self._bits, -1):
             self._pages.forget(offset, self._cluster_size)
             self.dropped_metadata.append(offset)
+            self.pending.add(offset)
 
     def _count(self, host: int) -> None:
         """One user more of a host cluster."""

@@ -26,7 +26,7 @@ class Codec:
         self._size = cluster_size
         self._local = threading.local()
 
-    def decompress(self, data: bytes) -> bytes:
+    def decompress(self, data: bytes | memoryview) -> bytes:
         """The cluster; what follows its compressed form is ignored.
 
         Raises:
@@ -37,6 +37,9 @@ class Codec:
                 # The window is that of QEMU, 2^12, or larger.
                 found = zlib.decompressobj(-15).decompress(data, self._size)
             else:
+                # A frame that says how much it has gets the memory for it.
+                if zstandard.frame_content_size(data) > self._size:
+                    raise zstandard.ZstdError("the frame has more than a cluster")
                 found = self._decompressor().decompress(data, max_output_size=self._size)
         except (zlib.error, zstandard.ZstdError) as error:
             raise OSError(errno.EIO, f"a compressed cluster is damaged: {error}") from None

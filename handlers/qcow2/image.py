@@ -117,6 +117,7 @@ class Image:
         cache: Clusters that are newer in memory than in the file.
         block_size: Bytes of a logical block, for the LBA in errors.
         chain: What was found in the log, if there is one.
+        log_range: Where the log is, from and to.
     """
 
     def __init__(
@@ -139,9 +140,11 @@ class Image:
         self.data = data or storage
         self.block_size = 512
         self.chain: Chain | None = None
+        self.log_range = (0, 0)
         self.cache: dict[int, Cached] = {}
         self.codec = Codec(header.compression_type, header.cluster_size)
         self._hot: dict[int, bytes] = {}
+        self._scratch = bytearray(2 * header.cluster_size + 512)
         self._hot_limit = max(2, _HOT >> header.cluster_bits)
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size
@@ -286,7 +289,10 @@ class Image:
             return data
         offset, length = self.tables.place(entry)
         try:
-            stored = self.storage.pread(offset, length, wait=wait)
+            stored = memoryview(self._scratch)[:length]
+            done = self.storage.preadv(offset, [stored], wait=wait)
+            if done < length:
+                stored = memoryview(self.storage.pread(offset, length, wait=wait))
         except BlockingIOError:
             raise Cold(self.storage, offset, length) from None
         try:

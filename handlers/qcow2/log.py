@@ -99,6 +99,8 @@ def decode(storage: Storage, at: int, stop: int, seq: int, session: bytes, page_
     try:
         pages = bytes(body[:page_bytes])
         if flags & _COMPRESSED:
+            if zstandard.frame_content_size(pages) > _MAX_PAGES:
+                return None
             pages = zstandard.ZstdDecompressor().decompress(pages, max_output_size=_MAX_PAGES)
         record.pages = list(_decode_pages(pages, n_pages, page_size))
         place = page_bytes

@@ -61,7 +61,7 @@ class Pages:
         limit: Bytes of clean pages to keep.
     """
 
-    def __init__(self, storage: Storage, cluster_size: int, *, limit: int = 16 << 20) -> None:
+    def __init__(self, storage: Storage, cluster_size: int, *, limit: int = 8 << 20) -> None:
         self.storage = storage
         self.size = min(PAGE, cluster_size)
         self.full = (1 << self.size // 8) - 1
@@ -104,8 +104,12 @@ class Pages:
 
     def word(self, offset: int, *, wait: bool = True) -> int:
         """The big-endian number of 64 bits at a multiple of 8."""
-        number: int = _WORD.unpack_from(self.get(offset >> self._bits, wait=wait).data, offset & self._mask)[0]
-        return number
+        page = self._pages.get(offset >> self._bits)
+        if page is None:
+            page = self.get(offset >> self._bits, wait=wait)
+        page.used = True
+        value: int = _WORD.unpack_from(page.data, offset & self._mask)[0]
+        return value
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes from anywhere; waits."""

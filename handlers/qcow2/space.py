@@ -11,14 +11,14 @@ SECTOR = 512
 _REGION_BITS = 20
 _REGION = 1 << (_REGION_BITS - 9)
 """Sectors of a region: its users are counted together."""
-_MAX_REGIONS = 16384
+_MAX_REGIONS = 8192
 """Regions whose sectors are counted: 2 KiB of memory each. In others only whole clusters are used again."""
 _EXACT = 64
 """Holes of up to so many sectors are found by their exact length."""
-_MAX_HOLES = 100_000
+_MAX_HOLES = 50_000
 _TRIES = 8
 """Holes of a length that are looked at, for one with the right alignment."""
-_STEP = 16 << 20
+_STEP = 8 << 20
 
 
 class Holes:
@@ -29,6 +29,8 @@ class Holes:
         self._lengths: dict[int, int] = {}
         self._starts: dict[int, int] = {}
         self._classes: list[dict[int, None]] = [{} for _ in range(_EXACT + 64)]
+        # Bit n: there are holes of class n.
+        self._present = 0
 
     @staticmethod
     def _class(length: int) -> int:
@@ -37,13 +39,18 @@ class Holes:
     def _insert(self, start: int, length: int) -> None:
         self._lengths[start] = length
         self._starts[start + length] = start
-        self._classes[self._class(length)][start] = None
+        number = self._class(length)
+        self._classes[number][start] = None
+        self._present |= 1 << number
         self.sectors += length
 
     def _remove(self, start: int) -> int:
         length = self._lengths.pop(start)
         del self._starts[start + length]
-        del self._classes[self._class(length)][start]
+        number = self._class(length)
+        del self._classes[number][start]
+        if not self._classes[number]:
+            self._present &= ~(1 << number)
         self.sectors -= length
         return length
 
@@ -59,24 +66,39 @@ class Holes:
         if len(self._lengths) < _MAX_HOLES or length > _EXACT:
             self._insert(start, length)
 
-    def take(self, length: int, alignment: int = 1, *, whole: bool = False) -> int | None:
+    def take(self, length: int, alignment: int = 1) -> int | None:
         """The start of so many sectors, at a multiple of `alignment`; None if there is no such hole.
 
         Args:
             length: In sectors.
             alignment: In sectors.
-            whole: Prefer large holes to exact ones.
         """
-        classes = range(self._class(length), len(self._classes))
-        for number in reversed(classes) if whole else classes:
-            for tried, start in enumerate(self._classes[number]):
+        least = self._class(length)
+        present = self._present >> least
+        while present:
+            skip = (present & -present).bit_length() - 1
+            for tried, start in enumerate(self._classes[least + skip]):
                 if tried == _TRIES:
                     break
                 first = -(-start // alignment) * alignment
                 if first + length <= start + self._lengths[start]:
                     self._cut(start, first, length)
                     return first
+            present &= present - 1
         return None
+
+    def count(self, unit: int) -> int:
+        """How many pieces of so many sectors there are."""
+        return sum(length // unit for length in self._lengths.values() if length >= unit)
+
+    def large(self) -> list[tuple[int, int]]:
+        """Start and length of those that are worth a system call."""
+        found = [start for number in range(_EXACT + 1, len(self._classes)) for start in self._classes[number]]
+        return [(start, self._lengths[start]) for start in found]
+
+    def remove(self, start: int) -> None:
+        """Takes out a whole hole."""
+        self._remove(start)
 
     def _cut(self, start: int, first: int, length: int) -> None:
         stop = start + self._remove(start)
@@ -109,6 +131,7 @@ class Space:
         self.end = end
         self.packed = packed
         self.punched = False
+        self.freed = False
         self._storage = storage
         self._cluster_size = 1 << cluster_bits
         self._per_cluster = self._cluster_size >> 9
@@ -116,6 +139,8 @@ class Space:
         self._reserved_end = end
         self._reserved = 0
         self._can_reserve = True
+        # While the image is looked through: what is free between these two is found by that, and not yet to be used.
+        self._walked = self._unknown = 0
 
     # Reservations.
 
@@ -144,10 +169,15 @@ class Space:
                 continue
             self._reserved_end = start + step
             return
-        free = self.holes.sectors // 2 + self.clusters.sectors
-        if not self.punched and free * SECTOR >= wanted - max(0, self._reserved_end - self.end):
+        if not self.punched and self._usable() >= wanted - max(0, self._reserved_end - self.end):
             return
         raise OSError(last, os.strerror(last))
+
+    def _usable(self) -> int:
+        """Bytes of clusters that fit into holes, whatever is stored where first."""
+        # A cluster that needs alignment, or is a little longer for not being compressible, and what it cuts off.
+        unit = 2 * self._per_cluster + 2
+        return self.holes.count(unit) * self._cluster_size + self.clusters.count(self._per_cluster) * self._cluster_size
 
     def release(self, length: int) -> None:
         """What was reserved is used, or not needed."""
@@ -158,28 +188,27 @@ class Space:
     def take_clusters(self, count: int) -> int:
         """Offset of clusters that nobody uses, and that are used from now on."""
         for holes in (self.clusters, self.holes):
-            start = holes.take(count * self._per_cluster, self._per_cluster)
-            if start is not None:
-                at = self._backed(start * SECTOR, count * self._cluster_size)
+            found = self._take(holes, count * self._per_cluster, self._per_cluster)
+            if found is not None:
+                at = found
                 break
         else:
             self._align()
             at = self._extend(count * self._cluster_size)
-        if self.packed:
+        if self._users:
             self.use(at, count * self._cluster_size)
         return at
 
     def take_sectors(self, length: int) -> int | None:
         """Offset of a hole for `length` bytes; None if there is none."""
-        start = self.holes.take(-(-length // SECTOR))
-        return None if start is None else self._backed(start * SECTOR, length)
+        return self._take(self.holes, -(-length // SECTOR))
 
     def take_run(self, length: int) -> int:
         """Offset of `length` bytes that follow each other, in clusters that are free, or at the end."""
         count = -(-length // self._cluster_size)
-        start = self.clusters.take(count * self._per_cluster, self._per_cluster)
+        start = self._take(self.clusters, count * self._per_cluster, self._per_cluster)
         if start is not None:
-            return self._backed(start * SECTOR, count * self._cluster_size)
+            return start
         if self.knows(self.end) or self.knows(self.end - 1):
             return self._extend(-(-length // SECTOR) * SECTOR)
         # Nobody counts sectors here: a cluster belongs to one run.
@@ -203,10 +232,35 @@ class Space:
                     self._users[region] = bytearray(_REGION)
         return at
 
-    def _backed(self, offset: int, length: int) -> int:
-        if self.punched and self._can_reserve:
-            self._storage.allocate(offset, length)
-        return offset
+    def _take(self, holes: Holes, sectors: int, alignment: int = 1) -> int | None:
+        """Offset of a part of a hole that can be written for certain."""
+        start = holes.take(sectors, alignment)
+        if start is None or not (self.punched and self._can_reserve):
+            return None if start is None else start * SECTOR
+        try:
+            self._storage.allocate(start * SECTOR, sectors * SECTOR)
+        except OSError:
+            # It has no space behind it any more; what was reserved at the end has.
+            holes.add(start, sectors)
+            return None
+        return start * SECTOR
+
+    def take_large(self) -> list[tuple[Holes, int, int]]:
+        """Takes out holes that are worth to be given back to the file system: what, start and length in sectors."""
+        found = []
+        for holes in (self.holes, self.clusters):
+            for start, length in holes.large():
+                holes.remove(start)
+                found.append((holes, start, length))
+        self.punched = self.punched or bool(found)
+        return found
+
+    def give_back(self, found: list[tuple[Holes, int, int]]) -> None:
+        """What `take_large` took may be used again."""
+        for holes, start, length in found:
+            # Holes of before a snapshot are not what they were.
+            if holes in (self.holes, self.clusters):
+                holes.add(start, length)
 
     # Users of sectors, where they are counted.
 
@@ -219,6 +273,7 @@ class Space:
 
     def free(self, offset: int, length: int) -> None:
         """One user less; sectors without any are holes, where that is known."""
+        self.freed = True
         start = count = 0
         for sector in range(offset >> 9, ((offset + length - 1) >> 9) + 1):
             users = self._users.get(sector >> (_REGION_BITS - 9))
@@ -226,7 +281,7 @@ class Space:
             if users is None or users[sector & (_REGION - 1)] in (0, 255):
                 continue
             users[sector & (_REGION - 1)] -= 1
-            if users[sector & (_REGION - 1)]:
+            if users[sector & (_REGION - 1)] or self._walked <= sector << 9 < self._unknown:
                 continue
             if count and start + count == sector:
                 count += 1
@@ -243,17 +298,73 @@ class Space:
 
     def free_cluster(self, offset: int) -> None:
         """Nobody uses this cluster any more."""
-        users = self._users.get(offset >> _REGION_BITS)
-        if users is None:
-            self.clusters.add(offset // SECTOR, self._per_cluster)
+        self.freed = True
+        found_later = self._walked <= offset < self._unknown
+        if offset >> _REGION_BITS not in self._users:
+            if not found_later:
+                self.clusters.add(offset // SECTOR, self._per_cluster)
             return
         first = offset // SECTOR
         for sector in range(first, first + self._per_cluster):
-            region, at = self._users.get(sector >> (_REGION_BITS - 9)), sector & (_REGION - 1)
+            users, at = self._users.get(sector >> (_REGION_BITS - 9)), sector & (_REGION - 1)
             # Those without users are holes already.
-            if region is not None and region[at]:
-                region[at] = 0
-                self.holes.add(sector, 1)
+            if users is not None and users[at]:
+                users[at] = 0
+                if not found_later:
+                    self.holes.add(sector, 1)
+
+    # Looking through an image that others have written.
+
+    def begin_scan(self) -> None:
+        """From now on what is below the end is looked through: first all maps, then all clusters in order."""
+        self._unknown = self.end
+        if self.packed:
+            for region in range(min(-(-self.end >> _REGION_BITS), _MAX_REGIONS // 2)):
+                self._users[region] = bytearray(_REGION)
+
+    def walk(self, offset: int, *, used: bool) -> None:
+        """The next cluster: whether it has users, as the refcounts say."""
+        first = offset // SECTOR
+        if offset >> _REGION_BITS not in self._users:
+            if not used:
+                self.clusters.add(first, self._per_cluster)
+        elif self._per_cluster > _REGION:
+            self._count_whole(first, used=used)
+        else:
+            users, at = self._users[offset >> _REGION_BITS], first & (_REGION - 1)
+            counted = users[at : at + self._per_cluster]
+            if not any(counted) and used:
+                # A table, or something that others keep here.
+                users[at : at + self._per_cluster] = b"\xff" * self._per_cluster
+            elif not all(counted):
+                for index, count in enumerate(counted):
+                    if not count:
+                        self.holes.add(first + index, 1)
+        self._walked = offset + self._cluster_size
+
+    def _count_whole(self, first: int, *, used: bool) -> None:
+        """A cluster of several regions is used, or not, as a whole."""
+        for sector in range(first, first + self._per_cluster):
+            users = self._users.get(sector >> (_REGION_BITS - 9))
+            if users is not None and used:
+                users[sector & (_REGION - 1)] = 255
+        if not used:
+            self.holes.add(first, self._per_cluster)
+
+    def walk_free(self, offset: int, stop: int) -> None:
+        """Clusters that are all free."""
+        self.clusters.add(offset // SECTOR, (stop - offset) // SECTOR)
+        self._walked = stop
+
+    def end_scan(self) -> None:
+        """Everything is known."""
+        self._walked = self._unknown = 0
+
+    def forget_sectors(self) -> None:
+        """From now on only whole clusters are used again: others have become users of sectors, too."""
+        self.packed = False
+        self._users.clear()
+        self.holes = Holes()
 
     def trim(self, offset: int, length: int) -> int:
         """Where the file may end: behind the last cluster in use, if `offset` and `length` (the log) are free."""

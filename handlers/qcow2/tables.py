@@ -60,10 +60,16 @@ class Tables:
 
     def entry(self, cluster: int, *, wait: bool = True) -> int:
         """The entry of a guest cluster, 0 if there is no table."""
-        table = self.table(cluster >> self.l2_bits, wait=wait)
+        index = cluster >> self.l2_bits
+        if index >= self.l1_entries:
+            return 0
+        word = self._pages.word
+        table = word(self.l1_offset + (index << 3), wait=wait) & OFFSET
         if not table:
             return 0
-        return self._pages.word(table + ((cluster & self._index_mask) << self.entry_bits), wait=wait)
+        if table & self._in_cluster:
+            self.table(index)
+        return word(table + ((cluster & self._index_mask) << self.entry_bits), wait=wait)
 
     def bitmap(self, cluster: int, *, wait: bool = True) -> int:
         """The second word of an extended entry: bit n, subcluster n is allocated; bit 32 + n, it is zero."""

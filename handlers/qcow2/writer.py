@@ -15,31 +15,40 @@ import trio
 from tcmu_rs import IoVec
 
 from ._errors import Qcow2Error
-from .cache import Entry, runs
+from .branching import Branching
+from .cache import UNIT, Entry, runs
 from .changes import Changes
 from .header import DATA_FILE, DIRTY, SECTOR, LogPlace, with_log, without_log
 from .image import Image
-from .log import SAVED_SECTOR, Chain, Log, Record
+from .log import SAVED_SECTOR, STATES, Chain, Log, Record
 from .pages import Cold
 from .refcounts import Refcounts
+from .scanner import Scanner
 from .space import Space
 from .tables import COMPRESSED, COPIED, OFFSET, SUBCLUSTERS, ZERO
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-CACHE = 32 << 20
+CACHE = 16 << 20
 """Bytes of dirty clusters that are kept in memory."""
 IDLE = 1.0
 """Seconds without a write after which everything is written back."""
 _BATCH = 512 << 10
 """Bytes of clusters that are compressed at once."""
-_MAX_LOG = 32 << 20
-_MIN_LOG = 2 << 20
+_MAX_LOG = 16 << 20
+_MIN_LOG = 4 << 20
 _DESTAGERS = 2
 _PATIENCE = 64
 _ZEROES_AT_ONCE = 256
 """Clusters that are discarded before others may do something."""
+_TABLES_AT_ONCE = 1024
+_PAGES = 4
+"""Pages of L2 and refcounts that one change of the map dirties, at most, where the tables are there."""
+_MANY_DROPPED = 4096
+_SLACK = 8
+_SMALL = 64 << 20
+"""Bytes of an image that is looked through at once, before the first change."""
 
 
 class _CacheFullError(Exception):
@@ -114,14 +123,20 @@ class Writer:
         self._in_cluster = header.cluster_size - 1
         self._cache: dict[int, Entry] = image.cache  # type: ignore[assignment]
         self._limit = max(4, cache_size >> self._bits)
-        self._log_size = log_size or min(_MAX_LOG, max(_MIN_LOG, image.size >> 6))
+        # What one change of the map may dirty: L2 and refcounts, a new L2 table, a new refcount block.
+        self._worst = 2 * self._cluster_size + 6 * self._pages.size
+        self._log_size = max(log_size or min(_MAX_LOG, max(_MIN_LOG, image.size >> 6)), STATES + 8 * self._worst)
+        # The same of changes that are on their way.
+        self._promised = 0
         self._idle = idle
         self._chain = chain
         self._log: Log | None = None
         self._space: Space
         self._changes: Changes
         self._sector = b""
-        self._unlogged = 0
+        # Bytes of pieces that no record has, and of those that one has.
+        self._unlogged = self._logged = 0
+        self._unlogged_entries: dict[int, Entry] = {}
         self._unsynced = False
         self._failed: OSError | None = None
         self._destage_error: OSError | None = None
@@ -213,7 +228,7 @@ class Writer:
         """Makes a change, which does nothing if it raises, until there is what it needs."""
         reclaimed = False
         while True:
-            self._check()
+            await self._afford(self._worst)
             try:
                 change()
                 break
@@ -240,13 +255,44 @@ class Writer:
         await self._room.park()
 
     async def _relieve(self) -> None:
-        """Metadata that is not in the file yet must fit into the log."""
+        """Lets the log have what it has not, before it is too much for a record."""
         log = self._log
         assert log is not None
-        if len(self._pages.dirty) * self._pages.size > log.half_size // 2:
-            await self.checkpoint()
-        elif len(self._pages.changed) * self._pages.size > log.half_size // 8:
+        if self._changed > log.half_size // 16:
             await self.flush()
+
+    @property
+    def _changed(self) -> int:
+        """Bytes of a record for the changes of the map, at most."""
+        changes = self._changes
+        named = 8 * len(changes.settled) + 16 * len(changes.extents)
+        return len(self._pages.changed) * (self._pages.size * 65 // 64 + 8) + named
+
+    async def _afford(self, worst: int, *, locked: bool = False) -> None:
+        """Waits until so many bytes of metadata more can be dirty: all that is has to fit into half of the log.
+
+        Args:
+            worst: Bytes.
+            locked: The caller has the lock of the commits.
+        """
+        log = self._log
+        assert log is not None
+        while True:
+            self._check()
+            dirty = len(self._pages.dirty) * self._pages.size
+            if dirty + self._promised + worst <= log.half_size // 2:
+                return
+            if not dirty:
+                if not self._promised:
+                    return
+                await self._room.park()
+            elif locked:
+                await self._checkpoint()
+            else:
+                async with self._commit_lock:
+                    self._check()
+                    with trio.CancelScope(shield=True):
+                        await self._checkpoint()
 
     # Changes, at once and in memory.
 
@@ -263,6 +309,8 @@ class Writer:
                 return
             entry = self._add_entry(cluster, whole=length == self._cluster_size)
         part.copy_into(memoryview(entry.data)[within : within + length])
+        if not entry.unlogged:
+            self._unlogged_entries[cluster] = entry
         self._unlogged += entry.mark(within, length)
 
     def _add_entry(self, cluster: int, *, whole: bool) -> Entry:
@@ -273,7 +321,8 @@ class Writer:
             self._image.read(cluster << self._bits, IoVec([data]), wait=False)
         cost = self._cluster_size + 2 * SECTOR
         if self._changes.needs_table(cluster):
-            cost += self._cluster_size
+            # And what is cut off in front of it.
+            cost += 2 * self._cluster_size
         self._space.reserve(cost)
         entry = self._cache[cluster] = Entry(data, cost)
         if len(self._cache) > self._limit // 2:
@@ -301,20 +350,18 @@ class Writer:
         size = 1 << tables.l2_bits
         if cluster % size or self._image.backing is not None:
             return 0
-        found = 0
-        while found + size <= count and not tables.l1((cluster + found) >> tables.l2_bits) & OFFSET:
-            if any(cached >> tables.l2_bits == (cluster + found) >> tables.l2_bits for cached in self._cache):
-                break
-            found += size
-            if found >= size * 1024:
-                break
-        return found
+        first = cluster >> tables.l2_bits
+        cached = {dirty >> tables.l2_bits for dirty in self._cache}
+        for number in range(min(count >> tables.l2_bits, _TABLES_AT_ONCE)):
+            if first + number in cached or tables.l1(first + number) & OFFSET:
+                return number << tables.l2_bits
+        return min(count >> tables.l2_bits, _TABLES_AT_ONCE) << tables.l2_bits
 
     def _zero(self, cluster: int) -> None:
         """A whole cluster is zero."""
         if self._changes.needs_table(cluster) and self._changes.shines_through(cluster):
-            self._space.reserve(2 * self._cluster_size)
-            self._space.release(2 * self._cluster_size)
+            self._space.reserve(3 * self._cluster_size)
+            self._space.release(3 * self._cluster_size)
         try:
             mapped = self._changes.map_zero(cluster)
         except Exception as error:
@@ -323,7 +370,7 @@ class Writer:
         if mapped:
             entry = self._cache.pop(cluster, None)
             if entry is not None:
-                self._forget(entry)
+                self._forget(cluster, entry)
         else:
             self._put(cluster, 0, IoVec([bytes(self._cluster_size)]))
 
@@ -334,9 +381,11 @@ class Writer:
                 return
         self._put(cluster, within, IoVec([bytes(length)]))
 
-    def _forget(self, entry: Entry) -> None:
+    def _forget(self, cluster: int, entry: Entry) -> None:
         """An entry has left the cache."""
-        self._unlogged -= entry.unlogged.bit_count() * 512
+        self._unlogged_entries.pop(cluster, None)
+        self._logged -= entry.logged.bit_count() * UNIT
+        self._unlogged -= entry.unlogged.bit_count() * UNIT
         self._space.release(entry.cost)
         # Whoever is destaging it sees that it is not what it was.
         entry.version += 1
@@ -351,11 +400,16 @@ class Writer:
     async def _destager(self) -> None:
         try:
             while not self._closing.is_set():
-                batch = [] if self._failed else self._pick(_BATCH, self._limit * 3 // 8)
+                many_logged = self._log is not None and self._logged > self._log.half_size // 8
+                keep = 0 if many_logged else self._limit * 3 // 8
+                batch = [] if self._failed else self._pick(self._batch, keep)
                 if not batch:
                     await self._work.park()
                     continue
                 await self._try(self._destage, batch)
+                # What was freed is used again only after a record, and one must not become too large.
+                if len(self._changes.dropped) > _MANY_DROPPED or self._changed > self._log_size // 32:
+                    await self._try(self.flush)
         finally:
             self._leave()
 
@@ -372,10 +426,29 @@ class Writer:
                 if now == last and now != clean and not self._failed:
                     await self._try(self.destage)
                     await self._try(self.checkpoint)
+                    await self._try(self.punch)
                     clean = now
                 last = now
         finally:
             self._leave()
+
+    async def punch(self) -> None:
+        """Gives free space back to the file system; nobody gets it meanwhile."""
+        if not self._space.freed:
+            return
+        self._space.freed = False
+        found = self._space.take_large()
+        with trio.CancelScope(shield=True):
+            try:
+                await trio.to_thread.run_sync(self._punch, found)
+            finally:
+                self._space.give_back(found)
+
+    def _punch(self, found: Sequence[tuple[Any, int, int]]) -> None:
+        """In a thread."""
+        for _, start, length in found:
+            if not self._storage.punch(start * SECTOR, length * SECTOR):
+                return
 
     async def _try(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Runs what nobody waits for: whoever needs it to succeed finds out."""
@@ -397,10 +470,9 @@ class Writer:
             self._ended.set()
             self._room.unpark_all()
 
-    def _pick(self, size: int, keep: int) -> list[tuple[int, Entry]]:
+    def _pick(self, room: int, keep: int) -> list[tuple[int, Entry]]:
         """Entries to destage, the oldest first; those that were changed lately get another turn."""
         found = []
-        room = max(1, size >> self._bits)
         wanted = min(len(self._cache) - keep, room)
         if wanted <= 0:
             return []
@@ -424,8 +496,13 @@ class Writer:
         found.sort(key=lambda pair: pair[0])
         return found
 
-    async def destage(self, *, logged_only: bool = False) -> None:
-        """Writes back what is dirty now; what is changed meanwhile may stay."""
+    async def destage(self, *, logged_only: bool = False, locked: bool = False) -> None:
+        """Writes back what is dirty now; what is changed meanwhile may stay.
+
+        Args:
+            logged_only: Leave alone what no record has.
+            locked: The caller has the lock of the commits.
+        """
         versions = {cluster: entry.version for cluster, entry in self._cache.items() if entry.logged or not logged_only}
         while versions:
             batch = []
@@ -436,21 +513,23 @@ class Writer:
                 elif not entry.busy:
                     del versions[cluster]
                     batch.append((cluster, entry))
-                    if len(batch) << self._bits >= _BATCH:
+                    if len(batch) >= self._batch:
                         break
             if batch:
-                await self._destage(sorted(batch, key=lambda pair: pair[0]))
+                await self._destage(sorted(batch, key=lambda pair: pair[0]), locked=locked)
             elif versions:
                 await self._room.park() if self._background else await trio.lowlevel.checkpoint()
 
-    async def _destage(self, batch: Sequence[tuple[int, Entry]]) -> None:
+    async def _destage(self, batch: Sequence[tuple[int, Entry]], *, locked: bool = False) -> None:
         """Compresses, writes, and then changes the map where nobody has written meanwhile."""
         with trio.CancelScope(shield=True):
-            jobs = []
-            for cluster, entry in batch:
-                entry.busy = True
-                jobs.append(_Job(cluster, entry, entry.version, bytes(entry.data)))
+            # Nobody has to wait for these while they wait.
+            await self._afford(self._cost(batch), locked=locked)
+            batch = [(cluster, entry) for cluster, entry in batch if self._is_idle(cluster, entry)]
+            worst = self._cost(batch)
+            jobs = self._jobs(batch)
             placed: list[_Job] = []
+            self._promised += worst
             try:
                 await trio.to_thread.run_sync(self._prepare, jobs)
                 plan = self._place(jobs, placed)
@@ -463,9 +542,57 @@ class Writer:
             else:
                 self._settle(jobs)
             finally:
+                self._promised -= worst
                 for job in jobs:
                     job.entry.busy = False
                 self._room.unpark_all()
+
+    def _destage_now(self, batch: Sequence[tuple[int, Entry]]) -> None:
+        """The same at once, so that nobody can write meanwhile. Others wait, so it is the last resort."""
+        jobs = self._jobs(batch)
+        placed: list[_Job] = []
+        try:
+            self._prepare(jobs)
+            self._write_out(self._place(jobs, placed))
+        except BaseException:
+            self._give_back(placed)
+            raise
+        finally:
+            for job in jobs:
+                job.entry.busy = False
+        self._settle(jobs)
+
+    def _jobs(self, batch: Sequence[tuple[int, Entry]]) -> list[_Job]:
+        jobs = []
+        for cluster, entry in batch:
+            entry.busy = True
+            jobs.append(_Job(cluster, entry, entry.version, bytes(entry.data)))
+        return jobs
+
+    @property
+    def _batch(self) -> int:
+        """How many clusters are destaged together."""
+        assert self._log is not None
+        room = self._log.half_size // 4
+        most = _BATCH >> self._bits
+        return max(1, most if self._all_metadata() <= room else min(most, room // (_PAGES * self._pages.size)))
+
+    def _is_idle(self, cluster: int, entry: Entry) -> bool:
+        return self._cache.get(cluster) is entry and not entry.busy
+
+    def _cost(self, batch: Sequence[tuple[int, Entry]]) -> int:
+        """Bytes of metadata that the destaging of these may dirty, at most."""
+        tables = {cluster >> self._image.tables.l2_bits for cluster, _ in batch if self._changes.needs_table(cluster)}
+        cost = len(batch) * _PAGES * self._pages.size + len(tables) * (self._cluster_size + self._worst // 2)
+        return min(cost, self._all_metadata())
+
+    def _all_metadata(self) -> int:
+        """Bytes of all tables that the map can have, at most."""
+        tables = self._image.tables
+        l2 = (self._image.size >> self._bits << tables.entry_bits) + 2 * self._cluster_size
+        hosts = (self._space.end >> self._bits) + (2 * _BATCH >> self._bits) + 64
+        refcounts = (hosts << self._header.refcount_order >> 3) + 2 * self._cluster_size
+        return l2 + refcounts + 4 * self._cluster_size + 8 * self._pages.size
 
     def _prepare(self, jobs: Sequence[_Job]) -> None:
         """In a thread: what is stored of each cluster."""
@@ -558,7 +685,7 @@ class Writer:
                 self._fail(OSError(errno.EUCLEAN, str(error)))
                 raise
             del self._cache[job.cluster]
-            self._forget(job.entry)
+            self._forget(job.cluster, job.entry)
             self.counters["destaged"] += 1
 
     def _fail(self, error: OSError) -> None:
@@ -581,34 +708,52 @@ class Writer:
         """One record and one fdatasync; the lock is held."""
         log = self._log
         assert log is not None
-        while self._unlogged > log.half_size // 8:
-            before = self._unlogged
-            await self.destage()
-            if self._unlogged >= before:
-                break
+        await self._thin_out(log.half_size // 4)
         if not self._pending():
+            self._commits += 1
             if self._unsynced:
-                self._commits += 1
                 self._unsynced = False
                 await self._in_thread(self._storage.fdatasync)
             return
-        if len(self._pages.changed) * (self._pages.size + 80) + self._unlogged + 65536 > log.room:
-            await self._checkpoint()
-            return
         await self._sync_fresh()
+        # Until the record is taken nothing more may come in that it has no room for.
+        while self._changed + self._unlogged * 9 // 8 + 4096 > log.room:
+            self._open_gate()
+            await self._checkpoint()
+            await self._thin_out(log.half_size // 4)
+            await self._sync_fresh()
         try:
             self._commits += 1
             record, dropped, _ = self._take(images=False)
         finally:
             self._open_gate()
+        await self._append(log, record)
+        self._release(dropped)
+        if self._logged > log.half_size // 8:
+            self._call_destagers()
+
+    async def _append(self, log: Log, record: Record) -> None:
         data = await self._in_thread(log.encode, record)
         if len(data) > log.room:
-            # Everything that was taken has to be in the next record.
-            await self._checkpoint(carried=(record, dropped))
-            return
+            self._fail(OSError(errno.EFBIG, f"{len(data)} bytes of changes do not fit into the log"))
+            self._check()
         await self._in_thread(log.append, data)
         self.counters["commits"] += 1
-        self._release(dropped)
+
+    async def _thin_out(self, limit: int) -> None:
+        """Destages until the cache has no more than so many bytes for the log: a record of images has room for them."""
+        for _ in range(2):
+            if self._unlogged + self._logged <= limit:
+                return
+            await self.destage(locked=True)
+        while self._unlogged + self._logged > limit:
+            # Others write as fast.
+            await self._afford(self._batch * self._worst, locked=True)
+            batch = [(cluster, entry) for cluster, entry in self._cache.items() if not entry.busy][: self._batch]
+            if batch:
+                self._destage_now(batch)
+            else:
+                await self._room.park()
 
     def _pending(self) -> bool:
         changes = self._changes
@@ -636,16 +781,21 @@ class Writer:
         changes = self._changes
         record = Record(self._pages.take_changes(images=images), sorted(changes.settled))
         record.extents = [(offset, length, crc) for offset, (length, crc) in changes.extents.items()]
-        for cluster, entry in self._cache.items():
-            mask = entry.unlogged | entry.logged if images else entry.unlogged
-            if mask:
-                base = cluster << self._bits
-                record.pieces += [
-                    (base + start, bytes(entry.data[start : start + length])) for start, length in runs(mask)
-                ]
-                entry.logged |= entry.unlogged
+        if images:
+            pieces = [(cluster, entry, entry.logged) for cluster, entry in self._cache.items() if entry.logged]
+        else:
+            pieces = [(cluster, entry, entry.unlogged) for cluster, entry in self._unlogged_entries.items()]
+        for cluster, entry, mask in pieces:
+            base = cluster << self._bits
+            for start, length in runs(mask):
+                record.pieces.append((base + start, bytes(entry.data[start : start + length])))
+            if not images:
+                self._logged += (mask & ~entry.logged).bit_count() * UNIT
+                entry.logged |= mask
                 entry.unlogged = 0
-        self._unlogged = 0
+        if not images:
+            self._unlogged = 0
+            self._unlogged_entries.clear()
         self._unsynced = False
         dropped, changes.dropped = changes.dropped, []
         metadata: list[int] = []
@@ -661,6 +811,7 @@ class Writer:
             if length:
                 self._space.free(offset, length)
             else:
+                self._changes.pending.discard(offset)
                 self._space.free_cluster(offset)
 
     async def checkpoint(self) -> None:
@@ -673,49 +824,31 @@ class Writer:
         while self._checkpointing is not None:
             await self._checkpointing.wait()
 
-    async def _checkpoint(self, carried: tuple[Record, list[tuple[int, int]]] | None = None) -> None:
-        """The same, up to the record of images; the lock is held. The rest goes on behind."""
+    async def _checkpoint(self) -> None:
+        """The same, up to the record of images; the lock is held. The rest goes on behind.
+
+        What no record has is not in this one either: it is no flush.
+        """
         log = self._log
         assert log is not None
         while self._checkpointing is not None:
             await self._checkpointing.wait()
             self._check()
-        if carried is None and not (
-            self._pages.dirty or self._pending() or any(e.logged for e in self._cache.values())
-        ):
+        if not (self._pages.dirty or self._logged):
             return
-        logged = sum((entry.logged | entry.unlogged).bit_count() for entry in self._cache.values()) * 512
-        if logged > log.half_size // 8:
-            await self.destage()
         await self._sync_fresh()
         try:
-            self._commits += 1
             record, dropped, metadata = self._take(images=True)
             copies = [(number, words) for number, _, words in record.pages]
             flying = self._pages.take_off()
         finally:
             self._open_gate()
-        if carried is not None:
-            record.settled = sorted({*carried[0].settled, *record.settled})
-            record.extents = self._still_named(carried[0].extents, dropped) + record.extents
-            dropped = carried[1] + dropped
         seq = log.switch()
-        data = await self._in_thread(log.encode, record)
-        if len(data) > log.half_size:
-            self._fail(OSError(errno.EFBIG, f"{len(data)} bytes of changes do not fit into the log"))
-            self._check()
-        await self._in_thread(log.append, data)
-        self.counters["commits"] += 1
+        await self._append(log, record)
         self.counters["checkpoints"] += 1
         self._release(dropped)
         self._checkpointing = trio.Event()
         trio.lowlevel.spawn_system_task(self._bring_home, seq, copies, flying, metadata)
-
-    def _still_named(
-        self, extents: list[tuple[int, int, int]], dropped: list[tuple[int, int]]
-    ) -> list[tuple[int, int, int]]:
-        gone = {offset for offset, _ in dropped}
-        return [extent for extent in extents if extent[0] not in gone]
 
     async def _bring_home(
         self, seq: int, copies: list[tuple[int, bytes]], flying: list[Any], metadata: list[int]
@@ -740,10 +873,33 @@ class Writer:
             for page in flying:
                 page.flying = False
             for offset in metadata:
+                self._changes.pending.discard(offset)
                 self._space.free_cluster(offset)
         finally:
             self._checkpointing = None
             done.set()
+
+    # Maps as a whole.
+
+    async def branch(self, change: Callable[[Branching], None]) -> None:
+        """Makes a change of the whole map durable; nobody may write meanwhile.
+
+        Raises:
+            Qcow2Error: It cannot be made; nothing is changed.
+        """
+        await self._start()
+        await self.destage()
+        await self.flush()
+        await self.checkpoint()
+        try:
+            change(Branching(self._image, self._changes, self._space))
+        except Qcow2Error:
+            # These are raised before anything is changed.
+            raise
+        except Exception as error:
+            self._fail(OSError(errno.EUCLEAN, str(error)))
+            raise
+        await self.checkpoint()
 
     # Life.
 
@@ -756,15 +912,26 @@ class Writer:
             if self._log is None:
                 self._check()
                 with trio.CancelScope(shield=True):
-                    await self._in_thread(self._announce)
-                self._begin()
+                    await trio.to_thread.run_sync(self._announce)
+                    await self._begin()
 
-    def _begin(self) -> None:
+    async def _begin(self) -> None:
         """The tasks in the background. They end with `close`, as the handler has no nursery to lend them."""
         tasks = [self._destager] * _DESTAGERS + ([self._keeper] if self._idle is not None else [])
+        scanner = Scanner(self._image, self._changes, self._space, self.flush)
+        if self._space.end <= _SMALL:
+            await scanner.scan(self._closing)
+        else:
+            tasks.append(lambda: self._scan(scanner))
         self._background = len(tasks)
         for task in tasks:
             trio.lowlevel.spawn_system_task(task)
+
+    async def _scan(self, scanner: Scanner) -> None:
+        try:
+            await self._try(scanner.scan, self._closing)
+        finally:
+            self._leave()
 
     def _announce(self) -> None:
         """Makes the log, then says in the header that it is there. Blocks."""
@@ -783,14 +950,18 @@ class Writer:
             if extensions:
                 storage.pwrite(at, [extensions])
                 storage.fdatasync()
+            self._open_space(end + size)
+            # For refcount blocks, that nobody counts on.
+            self._space.reserve(_SLACK * self._cluster_size)
         except OSError:
+            # Nothing has begun yet.
             storage.truncate(end)
             raise
         storage.pwrite(0, [opened])
         storage.fdatasync()
         self._pages.forget(0, self._pages.size)
         self._sector = sector
-        self._open_space(end + size)
+        self._image.log_range = (end, end + size)
         self._log = Log(storage, place, self._pages.size)
 
     def _open_space(self, end: int) -> None:
@@ -810,19 +981,23 @@ class Writer:
             self._storage.fdatasync()
             if chain.turned is not None:
                 log.write_state(chain.turned)
+            self._image.log_range = (log.place.offset, log.place.offset + log.place.size)
             self._sector = self._storage.pread(log.place.offset + SAVED_SECTOR, SECTOR)
             end = max(self._storage.size, log.place.offset + log.place.size)
             last = Refcounts(self._pages, self._header).last_used(end >> self._bits)
             self._open_space(max(end, (last + 1) << self._bits))
 
         await self._in_thread(settle)
+        self._space.reserve(_SLACK * self._cluster_size)
         for entry in self._cache.values():
-            entry.cost = 2 * self._cluster_size + 2 * SECTOR
+            entry.cost = 3 * self._cluster_size + 2 * SECTOR
+            self._logged += entry.logged.bit_count() * UNIT
             self._space.reserve(entry.cost)
         self._log = log
         await self.destage()
+        await self.flush()
         await self.checkpoint()
-        self._begin()
+        await self._begin()
 
     async def close(self) -> None:
         """Writes everything back, and takes the log out of the file.
@@ -838,12 +1013,12 @@ class Writer:
             if self._background:
                 await self._ended.wait()
             self._check()
-            while self._cache:
+            while self._cache or self._pages.dirty or self._pending():
                 await self.destage()
-            await self.checkpoint()
-            while self._pages.dirty:
+                await self.flush()
                 await self.checkpoint()
             self._check()
+            await self.punch()
             await self._in_thread(self._renounce)
             self._log = None
 
@@ -859,5 +1034,7 @@ class Writer:
         end = self._space.trim(place.offset, place.size)
         if end > place.offset:
             storage.punch(place.offset, place.size)
+        storage.truncate(end)
+        # Once more: what is reserved behind the end is given back when the size does not change.
         storage.truncate(end)
         storage.fdatasync()

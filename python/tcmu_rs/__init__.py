@@ -66,5 +66,6 @@ __all__ = [
     "fallocate",
     "fdatasync",
     "handler_below",
+    "protect_memory",
     "serve",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -19,7 +18,8 @@ from . import _adoption, _control, _lio, _sysfs
 from ._domain import CopyDomain
 from ._handler import Handler, check
 from ._registry import parse_spec
-from ._runtime import serve_uio, verbs
+from ._runtime import GRACE, serve_uio, verbs
+from ._slot import Slot
 
 if TYPE_CHECKING:
     from ._runtime import Device
@@ -64,6 +64,13 @@ class AttachedDevice:
 
     def __repr__(self) -> str:
         return f"<AttachedDevice {self.name} {self.path or self.target or self.configfs}>"
+
+    async def replace(self, handler: Handler, *, within: float = GRACE) -> None:
+        """Has another handler serve the device, which stays in service: see `Device.replace`."""
+        if self._server is None:
+            raise RuntimeError(f"device {self.name} is not served yet")
+        await self._server.replace(handler, within=within)
+        self.handler = handler
 
     def hurry(self) -> None:
         """Ends the grace period of the detaching, that in progress or the coming one."""
@@ -150,7 +157,7 @@ async def attach(
         data_area_mb=data_area_mb,
         cmd_time_out=cmd_time_out,
     )
-    async with _claimed(shape if adopt else None, handler) as claim, _opened(handler, grace):
+    async with _claimed(shape if adopt else None, handler) as claim, _opened(handler, grace) as slot:
         check(handler)
         backstore = await _blocking(shape.verify, claim.backstore, handler) if claim else None
         if backstore is None:
@@ -164,7 +171,7 @@ async def attach(
                     "mount -t devtmpfs none /dev, or run outside the container",
                 )
             device = AttachedDevice(handler, backstore, uio, fabric)
-            service = _Service(device, backstore, claim, strict=strict, grace=grace, copy_domain=copy_domain)
+            service = _Service(device, slot, backstore, claim, strict=strict, grace=grace, copy_domain=copy_domain)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(service.run_server, nursery)
                 try:
@@ -240,6 +247,7 @@ class _Service:
     def __init__(
         self,
         device: AttachedDevice,
+        slot: Slot,
         backstore: _lio.Backstore,
         claim: _adoption.Claim | None,
         *,
@@ -250,6 +258,7 @@ class _Service:
         self.leaves = claim is not None
         self.failed = False
         self._device = device
+        self._slot = slot
         self._backstore = backstore
         self._claim = claim
         self._strict = strict
@@ -268,7 +277,7 @@ class _Service:
         try:
             with self._server_scope:
                 await serve_uio(
-                    self._device.handler,
+                    self._slot,
                     self._device.uio,
                     name=self._device.name,
                     wwn=self._device.wwn,
@@ -436,16 +445,18 @@ async def _claimed(shape: _Shape | None, handler: Handler) -> AsyncIterator[_ado
 
 
 @asynccontextmanager
-async def _opened(handler: Handler, grace: float) -> AsyncIterator[None]:
-    """Opens and closes a handler; what it has to store when it closes is not lost to a cancellation."""
-    await handler.__aenter__()
+async def _opened(handler: Handler, grace: float) -> AsyncIterator[Slot]:
+    """Opens a handler, and closes what is in its place in the end; what has to be stored then is not lost to a
+    cancellation."""
+    await handler.open()
+    slot = Slot(handler)
     try:
-        yield
+        yield slot
     finally:
         with trio.move_on_after(grace, shield=True) as patience:
-            await handler.__aexit__(*sys.exc_info())
+            await slot.aclose()
         if patience.cancelled_caught:
-            _log.error("%s: closing took longer than %g s and was given up", _class_name(handler), grace)
+            _log.error("%s: closing took longer than %g s and was given up", _class_name(slot.handler), grace)
 
 
 async def _blocking(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -22,6 +22,7 @@ from ._errors import DeviceError
 from ._handler import Handler, Options, check
 from ._netlink import DeviceEvents, Rescan
 from ._runtime import GRACE, serve_uio, verbs
+from ._slot import Slot
 
 if TYPE_CHECKING:
     from ._native import DeviceEvent
@@ -172,12 +173,13 @@ class Daemon:
                     f"what {uio.config} stored has gone with the process that served it",
                     f"remove the device, for instance: tcmu-rs detach {uio.name}",
                 )
-            await handler.__aenter__()
+            await handler.open()
         except BaseException as error:
             # The program that makes the device gets the error number, and the device is gone.
             if event is not None:
                 self._events.reply(event, -((error.errno if isinstance(error, OSError) else 0) or errno.EINVAL))
             raise
+        slot = Slot(handler)
         try:
             try:
                 check(handler)
@@ -194,18 +196,18 @@ class Daemon:
                 self._events.reply(event)
                 await self._claim(service, backstore, stack)
             async with trio.open_nursery() as nursery:
-                service.device = await nursery.start(self._serve_ring, handler, service, backstore)
+                service.device = await nursery.start(self._serve_ring, slot, service, backstore)
                 _log.info("%s: serving %s", uio.name, uio.config)
         finally:
             service.device = None
             with trio.move_on_after(self._grace, shield=True):
-                await handler.aclose()
+                await slot.aclose()
 
     async def _serve_ring(
-        self, handler: Handler, service: _Service, backstore: _lio.Backstore, task_status: trio.TaskStatus[Device]
+        self, slot: Slot, service: _Service, backstore: _lio.Backstore, task_status: trio.TaskStatus[Device]
     ) -> None:
         await serve_uio(
-            handler,
+            slot,
             service.uio,
             name=service.uio.name,
             wwn=await _serial(backstore),

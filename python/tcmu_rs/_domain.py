@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import trio
@@ -74,7 +75,13 @@ class Piece:
         self.fua = copy.fua
         self.iov = copy.iov
         self.failure: _errors.Failure | None = None
+        self._begun = time.monotonic_ns()
         self.done = trio.Event()
+
+    @property
+    def age(self) -> int:
+        """Nanoseconds since it was asked for."""
+        return time.monotonic_ns() - self._begun
 
     def begin(self) -> int:
         """The verb."""

@@ -70,7 +70,7 @@ class Identity:
         vendor: At most 8 printable ASCII characters.
         product: At most 16.
         revision: At most 4.
-        serial: Unit serial number, at most 252; None for one derived from the device's WWN.
+        serial: Unit serial number, at most 128; None for one derived from the device's WWN.
     """
 
     vendor: str = "tcmu-rs"

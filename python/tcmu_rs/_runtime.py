@@ -30,6 +30,7 @@ import trio
 from . import _errors, _files, _native, _statistics, _watchdog, _where
 from ._domain import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
+from ._slot import Face, Slot
 
 if TYPE_CHECKING:
     from . import _control
@@ -114,7 +115,7 @@ class Device:
 
     def __init__(
         self,
-        handler: Handler,
+        slot: Slot,
         ring: _native.Ring,
         name: str,
         *,
@@ -127,7 +128,14 @@ class Device:
         copy_domain: CopyDomain | None,
     ) -> None:
         self.name = name
-        self.handler = handler
+        self._slot = slot
+        self.handler = handler = slot.handler
+        self._face = Face.of(handler)
+        self._exchange = trio.Lock()
+        self._parked: deque[_native.Command] | None = None
+        self._unparked = trio.Event()
+        self._unparked.set()
+        self._quiet: trio.Event | None = None
         self.size = handler.size
         self.block_size = handler.block_size
         self._ring = ring
@@ -197,6 +205,103 @@ class Device:
         self._grace = grace
         if self._winding_down is not None:
             self._winding_down.deadline = trio.current_time() + grace
+
+    # Another handler.
+
+    async def replace(self, handler: Handler, *, within: float = GRACE) -> None:
+        """Has another handler serve the device, which stays in service meanwhile.
+
+        Commands that have begun end with the present handler; those that come wait. Then the present handler is flushed
+        and closed, and the new one opened; both may be of the same storage. Initiators notice a pause.
+
+        Args:
+            handler: The new one, not open yet. Closing it is the device's from now on, as it was with the one before.
+            within: Seconds for what has begun to end, and as many for the new handler to open.
+
+        Error handling: whatever goes wrong, the present handler goes on, opened again if it was closed. If that fails,
+        too, the device ends with the error.
+
+        Raises:
+            TooSlowError: Commands did not end in time, or the new handler did not open in time.
+            TypeError: The new handler cannot be served here.
+            ValueError: It differs from what initiators were told of the disk: see `_slot.Face`. It may do more, which
+                they are told when the device is made anew.
+            BusyResourceError: Another replacement is under way.
+            DeviceError: The device ended meanwhile.
+            Exception: What opening the new handler raised.
+        """
+        if handler is self.handler:
+            raise ValueError("a handler cannot replace itself")
+        try:
+            self._exchange.acquire_nowait()
+        except trio.WouldBlock:
+            raise trio.BusyResourceError(f"{self.name}: another replacement is under way") from None
+        self._parked = deque()
+        self._unparked = trio.Event()
+        try:
+            with trio.fail_after(within):
+                await self._quiesce()
+                if has(self.handler, "flush"):
+                    await self._flush()
+            try:
+                await self._slot.exchange(handler, self._face, within)
+            except RuntimeError as error:
+                self._fail(error)
+                raise
+        finally:
+            self._resume_with(self._slot.handler)
+            self._exchange.release()
+
+    async def _quiesce(self) -> None:
+        """Waits until all that has begun is over."""
+        # Whoever waits for the ring takes commands as before otherwise: this one looks again.
+        self._start_sweep()
+        while not self._is_quiet():
+            self._quiet = trio.Event()
+            self._nudge()
+            await self._quiet.wait()
+        self._quiet = None
+
+    def _is_quiet(self) -> bool:
+        if self._stopping:
+            raise _errors.DeviceError(f"{self.name} ended")
+        if self._running or self._copies or self._pending or self._waiting_pieces:
+            return False
+        self._commit()
+        return not self._pending and self._ring.in_flight == len(self._parked or ())
+
+    async def _flush(self) -> None:
+        method: Callable[..., Any] = self.handler.flush  # type: ignore[attr-defined]
+        if colour_of(method) is Colour.BLOCKING:
+            await trio.to_thread.run_sync(method, limiter=self._limiter)
+        elif (result := method()) is not None:
+            await result
+
+    def _resume_with(self, handler: Handler) -> None:
+        """Begins the commands that came meanwhile, with the handler that is there now."""
+        parked, self._parked, self._quiet = self._parked or (), None, None
+        self._unparked.set()
+        if handler is not self.handler:
+            self.handler = handler
+            self._max_in_flight = handler.max_in_flight
+            self._limiter = trio.CapacityLimiter(handler.max_in_flight)
+            self._calls = self._find_calls()
+            intercept = has(handler, "scsi_command")
+            self._ring.serve_another(intercept=intercept, fills_reads=getattr(handler, "fills_reads", False))
+        whole = None in self._calls
+        # Each is answered, needs the handler, or has to wait for others and comes out of the ring again.
+        with suppress(_errors.DeviceError):
+            self._pending.extend([cmd for cmd in parked if whole or cmd.emulate()])
+        self._dirty = True
+        self._nudge()
+
+    def _fail(self, error: Exception) -> None:
+        async def fail() -> None:
+            self._stopping = True
+            raise error
+
+        if self._nursery is not None:
+            self._nursery.start_soon(fail)
 
     # How each verb is called, decided once.
 
@@ -360,7 +465,8 @@ class Device:
                 await trio.lowlevel.wait_readable(self._ring.fileno())
             if self._stopping:
                 return
-            batch = self._ring.drain(BATCH)
+            parked = self._parked
+            batch = self._ring.drain(BATCH, parked is not None)
         finally:
             self._pumping = False
         # What the emulation answered is not handed back yet, nor the space of entries that need no answer.
@@ -368,10 +474,12 @@ class Device:
         if self._waiting_pieces:
             self._grant()
         for item in batch:
-            if isinstance(item, _native.Command):
+            if isinstance(item, _native.TaskManagement):
+                self._abort(item.commands)
+            elif parked is None or item.verb is not None or item.piece is not None:
                 self._pending.append(item)
             else:
-                self._abort(item.commands)
+                parked.append(item)
 
     async def _park(self) -> None:
         task = trio.lowlevel.current_task()
@@ -395,9 +503,7 @@ class Device:
                 self._hire()
                 break
 
-        if not self._sweeping and self._nursery is not None:
-            self._sweeping = True
-            self._nursery.start_soon(self._sweep)
+        self._start_sweep()
 
     def _hire(self) -> None:
         if self._nursery is not None:
@@ -479,8 +585,8 @@ class Device:
             # The frames of an exception that is raised again may hold views, and do no harm: the device ends.
             if cmd.lent and crash is None:
                 self._keep(cmd, verb)
-            if self._stopping and self._running == 0 and not self._copies:
-                self._drained.set()
+            if (self._stopping or self._quiet is not None) and self._running == 0 and not self._copies:
+                self._is_idle()
         if crash is not None:
             try:
                 raise crash
@@ -533,6 +639,13 @@ class Device:
             logger.error("%s: %s raised what it must not\n%s", self.name, what, text)
         return _BUG
 
+    def _is_idle(self) -> None:
+        """Nothing runs: tells whom it concerns."""
+        if self._stopping:
+            self._drained.set()
+        if self._quiet is not None:
+            self._quiet.set()
+
     # Copies: each a task of its own, which runs no handler. Its pieces are commands of the units that they are for, so
     # that a handler is called among its own device's workers only, and not after its end.
 
@@ -552,6 +665,8 @@ class Device:
                 while (piece := cmd.piece) is not None:
                     naa, verb = piece
                     device = self if naa == self._naa else self._neighbour(naa)
+                    if device is not None and device is not self:
+                        await device._unparked.wait()
                     failure = NOT_REACHABLE if device is None else await device.perform(Piece(cmd, verb))
                     if failure is not None:
                         cmd.fail(*failure)
@@ -565,8 +680,8 @@ class Device:
                     cmd.fail(*(_TIMED_OUT if cmd in self._timed_out else _ABORTED))
             self._copies -= 1
             self._nudge()
-            if self._stopping and self._running == 0 and not self._copies:
-                self._drained.set()
+            if (self._stopping or self._quiet is not None) and self._running == 0 and not self._copies:
+                self._is_idle()
 
     def _neighbour(self, naa: bytes) -> Device | None:
         return self._copy_domain._find(naa) if self._copy_domain is not None else None
@@ -617,9 +732,9 @@ class Device:
         for cmd_id in ids:
             if cmd_id in self._suspended:
                 self._suspended[cmd_id][0].cancel()
-        waiting = [cmd for cmd in self._pending if cmd.id in ids and not cmd.answered]
+        waiting = [cmd for cmd in self._waiting() if cmd.id in ids and not cmd.answered]
         for cmd in waiting:
-            self._pending.remove(cmd)
+            (self._pending if cmd in self._pending else self._parked or self._pending).remove(cmd)
             cmd.fail(*_ABORTED)
 
     def _commit(self) -> None:
@@ -633,6 +748,14 @@ class Device:
 
     # Commands that take too long.
 
+    def _start_sweep(self) -> None:
+        if not self._sweeping and self._nursery is not None:
+            self._sweeping = True
+            self._nursery.start_soon(self._sweep)
+
+    def _waiting(self) -> list[_native.Command]:
+        return [*self._pending, *(self._parked or ())]
+
     async def _sweep(self) -> None:
         """Looks after suspended and waiting commands, as long as there are any; costs the others nothing."""
         # A command is taken to be as old as the sweep before the one that found it: the deadline is never late.
@@ -640,11 +763,11 @@ class Device:
         told: set[_native.Command] = set()
         interval = min(SWEEP, self._deadline / 4)
         previous = trio.current_time()
-        while self._suspended or self._pending:
+        while self._suspended or self._pending or self._parked is not None:
             await trio.sleep(interval)
             now = trio.current_time()
             suspended = [item for item in self._suspended.values() if not item[1].answered]
-            since = {cmd: since.get(cmd, previous) for cmd in (*(item[1] for item in suspended), *self._pending)}
+            since = {cmd: since.get(cmd, previous) for cmd in (*(item[1] for item in suspended), *self._waiting())}
             told &= since.keys()
             self._timed_out &= since.keys()
             previous = now
@@ -668,7 +791,7 @@ class Device:
                     self._timed_out.add(cmd)
                     scope.cancel()
             self._cancelled &= since.keys()
-            self._turn_away_late([cmd for cmd in self._pending if now - since[cmd] >= self._deadline])
+            self._turn_away_late([cmd for cmd in self._waiting() if now - since[cmd] >= self._deadline])
         self._sweeping = False
 
     def _turn_away_late(self, commands: list[_native.Command]) -> None:
@@ -678,7 +801,7 @@ class Device:
             return
         logger.warning("%s: %d commands had no turn within %g s", self.name, len(late), self._deadline)
         for cmd in late:
-            self._pending.remove(cmd)
+            (self._pending if cmd in self._pending else self._parked or self._pending).remove(cmd)
             cmd.fail(*_BUSY)
         self._commit()
 
@@ -728,7 +851,12 @@ class Device:
             with _watchdog.watching():
                 await self._serve(shield, task_status)
         finally:
-            self._close()
+            # Whoever closes the handler next must not meet an exchange.
+            with trio.CancelScope(shield=True):
+                if self._quiet is not None:
+                    self._quiet.set()
+                async with self._exchange:
+                    self._close()
 
     async def _serve(self, shield: trio.CancelScope, task_status: trio.TaskStatus[Device]) -> None:
         async with trio.open_nursery() as outer:
@@ -814,7 +942,7 @@ def unit_for(handler: BlockHandler, *, serial: str, naa: bytes) -> _native.Logic
 
 
 async def serve_ring(
-    handler: Handler,
+    handler: Handler | Slot,
     *,
     memory: int,
     event: int,
@@ -833,7 +961,7 @@ async def serve_ring(
     """Serves a handler that is open on a ring that is there: the kernel's or the simulator's.
 
     Args:
-        handler: The open handler. Closing it is the caller's.
+        handler: The open handler, or the slot that holds it. Closing what is there in the end is the caller's.
         memory: Descriptor to map. May be closed when the device has started.
         event: Descriptor of the doorbell, non-blocking. May be closed when the device has started.
         map_size: Bytes to map.
@@ -854,6 +982,8 @@ async def serve_ring(
         DeviceError: The device went away, or its shared memory is corrupt.
         ValueError: There is a disk of the same name in the copy domain.
     """
+    slot = handler if isinstance(handler, Slot) else Slot(handler)
+    handler = slot.handler
     check(handler)
     unit = unit_for(handler, serial=serial, naa=naa) if isinstance(handler, BlockHandler) else None
     ring = _native.Ring(
@@ -865,7 +995,7 @@ async def serve_ring(
         fills_reads=getattr(handler, "fills_reads", False),
     )
     device = Device(
-        handler,
+        slot,
         ring,
         name,
         strict=strict,
@@ -939,7 +1069,7 @@ def _deadline_of(uio: UioDevice) -> float:
 
 
 async def serve_uio(
-    handler: Handler,
+    handler: Handler | Slot,
     uio: UioDevice,
     *,
     name: str,
@@ -955,7 +1085,7 @@ async def serve_uio(
     """Serves an open handler on a device of this machine's kernel.
 
     Args:
-        handler: The open handler. Closing it is the caller's.
+        handler: As for `serve_ring`.
         uio: The device; nobody else may have it open.
         name: For the log.
         wwn: The backstore's unit serial number.

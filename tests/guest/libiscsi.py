@@ -78,7 +78,7 @@ def run(url: str, tests: Sequence[str], *, options: Sequence[str] = (), limit: f
     """Runs tests against a target, a suite at a time; a test that hangs or crashes does not take others along.
 
     Args:
-        url: `iscsi://ADDRESS:PORT/IQN/LUN`, or two of them, separated by a blank, for two paths.
+        url: `iscsi://ADDRESS:PORT/IQN/LUN`. Tests that want two paths get it twice: each is a session of its own.
         tests: From `list_tests`.
         options: For `iscsi-test-cu`.
         limit: Seconds in which a test must end; then it has failed.
@@ -101,7 +101,9 @@ def run(url: str, tests: Sequence[str], *, options: Sequence[str] = (), limit: f
 
 
 def _run_one(url: str, what: str, names: list[str], options: Sequence[str], limit: float) -> dict[str, Outcome]:
-    command = [*_PROGRAM, "--dataloss", *options, "-t", what, *url.split()]
+    # Only those: a second session has unit attentions of its own, which other tests do not expect.
+    paths = 2 if ".MultipathIO" in what else 1
+    command = [*_PROGRAM, "--dataloss", *options, "-t", what, *[url] * paths]
     found: dict[str, Outcome] = {}
     lines: list[str] = []
     name = suite = ""

@@ -159,3 +159,28 @@ def test_killed_daemon_is_succeeded_and_the_initiator_sees_a_pause_only(image: P
             write(path, b"second")
             # The LUN goes while somebody serves it: taking it away waits for its commands.
             _lio.withdraw(exposure)
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["by default", "--copies"])
+def test_copies_between_devices_are_an_option(copies: bool) -> None:
+    data = os.urandom(1 << 20)
+    options = ["--copies"] if copies else []
+    # sg_xcopy sends through /dev/sgN.
+    subprocess.run(["modprobe", "sg"], check=True)
+    with (
+        daemon("ram", *options),
+        backstore("one", "ram/") as one,
+        backstore("two", "ram/", 701) as two,
+        disk(one) as source,
+        disk(two) as target,
+    ):
+        with open(source, "r+b", buffering=0) as file:  # noqa: PTH123
+            file.write(data)
+            os.fsync(file.fileno())
+        command = ["sg_xcopy", f"if={source}", f"of={target}", "bs=512", "count=2048", "seek=4096"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(done.stdout)
+        assert (done.returncode == 0) is copies
+        with open(target, "rb", buffering=0) as file:  # noqa: PTH123
+            file.seek(4096 * 512)
+            assert file.read(len(data)) == (data if copies else bytes(len(data)))

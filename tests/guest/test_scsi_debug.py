@@ -157,6 +157,8 @@ def cases() -> Iterator[Case]:
     yield Case("GET LBA STATUS, mapped", sg.cdb(0x9E, 0x12, (0xAA, 8), (24, 4), 0, 0), 24)
     yield Case("GET LBA STATUS, deallocated", sg.cdb(0x9E, 0x12, (0x2A, 8), (24, 4), 0, 0), 24)
     yield Case("GET LBA STATUS, beyond the end", sg.cdb(0x9E, 0x12, (BLOCKS, 8), (24, 4), 0, 0), 24)
+    yield Case("EXTENDED COPY, nothing", sg.cdb(0x83, 0, (0, 8), (0, 4), 0, 0))
+    yield Case("RECEIVE COPY RESULTS, unknown list", sg.cdb(0x84, 0, 0x77, (0, 7), (12, 4), 0, 0), 12)
     yield Case("START STOP UNIT, stop", sg.cdb(0x1B, 0, 0, 0, 0, 0))
     yield Case("TEST UNIT READY, stopped", bytes(6))
     yield Case("READ(10), stopped", rw(0x28, 0, 1), one)
@@ -188,6 +190,8 @@ DIFFERENCES = {
     "UNMAP, nothing": "SBC-4: a parameter list of no bytes is not an error; scsi_debug wants a header",
     "UNMAP, ANCHOR": "SBC-4: ANCHOR without ANC_SUP is an invalid field; scsi_debug ignores it",
     "reserved bit in a CDB": "only refused by scsi_debug with its option strict=1",
+    "EXTENDED COPY, nothing": "scsi_debug has no third-party copy",
+    "RECEIVE COPY RESULTS, unknown list": "the same",
     "NACA": "ACA is not supported by either: SAM-5 wants it refused; scsi_debug ignores it",
     **{
         f"READ {opcode}h, {what}": why

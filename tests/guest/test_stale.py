@@ -119,6 +119,7 @@ def other_commands() -> Iterator[bytes]:
     yield sg.cdb(0x15, 0x10, 0, 0, 24, 0)
     yield sg.cdb(0x55, 0x10, (0, 5), (24, 2), 0)
     yield sg.cdb(0x4C, 0, (0, 5), (8, 2), 0)
+    yield sg.cdb(0x83, 0, (0, 8), (76, 4), 0, 0)
 
 
 @pytest.mark.parametrize("room", [8, 100, 4096, 65536])

@@ -15,6 +15,7 @@ import trio
 from .. import _errors, _native
 from .._domain import CopyDomain
 from .._runtime import GRACE, Device, serve_ring
+from .._slot import Slot
 
 if TYPE_CHECKING:
     from .._handler import Handler
@@ -249,9 +250,11 @@ async def simulated(
     disk = SimulatedDisk(kernel, b"\x60" + wwn[:15])
 
     async def serve(task_status: trio.TaskStatus[Device]) -> None:
-        async with handler:
+        slot = Slot(handler)
+        await handler.open()
+        try:
             await serve_ring(
-                handler,
+                slot,
                 memory=kernel.memory_fileno(),
                 event=kernel.consumer_fileno(),
                 map_size=kernel.size,
@@ -265,6 +268,8 @@ async def simulated(
                 copy_domain=copy_domain,
                 task_status=task_status,
             )
+        finally:
+            await slot.aclose()
 
     # The initiator listens as long as the device lives: it gets the answers that the end of the device gives.
     async with trio.open_nursery() as listener:

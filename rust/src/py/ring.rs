@@ -1,7 +1,7 @@
 //! A device and its commands, for the runtime in `tcmu_rs._runtime`.
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use hdrhistogram::Histogram;
@@ -22,8 +22,8 @@ use crate::statistics::Asked;
 #[pyclass(frozen, module = "tcmu_rs._native")]
 pub struct Ring {
     device: Arc<Device>,
-    intercept: bool,
-    fills_reads: bool,
+    intercept: AtomicBool,
+    fills_reads: AtomicBool,
 }
 
 /// Notification that commands are being aborted.
@@ -65,7 +65,11 @@ impl Ring {
         let mapping = Mapping::new(&duplicate(memory)?, size).map_err(DeviceError::from)?;
         let unit = unit.map(|unit| unit.unit.clone());
         let device = Device::new(mapping, duplicate(event)?, unit)?;
-        Ok(Self { device: Arc::new(device), intercept, fills_reads })
+        Ok(Self {
+            device: Arc::new(device),
+            intercept: AtomicBool::new(intercept),
+            fills_reads: AtomicBool::new(fills_reads),
+        })
     }
 
     /// Whether anybody has answered a command of the device since its ring was last reset.
@@ -80,10 +84,25 @@ impl Ring {
         Ok(self.device.event_fd()?)
     }
 
-    /// Takes up to `limit` entries: answers what needs no handler, returns the rest.
-    fn drain<'py>(&self, py: Python<'py>, limit: usize) -> PyResult<Bound<'py, PyList>> {
+    /// Times commands for the statistics, as from the start, or does not.
+    #[pyo3(signature = (on, /))]
+    fn set_timing(&self, on: bool) {
+        self.device.statistics.set_timing(on);
+    }
+
+    /// Another handler serves from now on: its promises take the place of those of the one before.
+    #[pyo3(signature = (*, intercept, fills_reads))]
+    fn serve_another(&self, intercept: bool, fills_reads: bool) {
+        self.intercept.store(intercept, Ordering::Relaxed);
+        self.fills_reads.store(fills_reads, Ordering::Relaxed);
+    }
+
+    /// Takes up to `limit` entries: answers what needs no handler, returns the rest. With `park` nothing is looked at:
+    /// all commands come as with `intercept`.
+    #[pyo3(signature = (limit, park = false))]
+    fn drain<'py>(&self, py: Python<'py>, limit: usize, park: bool) -> PyResult<Bound<'py, PyList>> {
         let list = PyList::empty(py);
-        let work = self.device.drain(limit, self.intercept)?;
+        let work = self.device.drain(limit, park || self.intercept.load(Ordering::Relaxed))?;
         for (claim, step) in self.device.take_ready()? {
             list.append(self.command(py, claim, Some(step))?)?;
         }
@@ -206,7 +225,7 @@ impl Ring {
             step: Mutex::new(step),
             scratch: Mutex::new(None),
             extents: Mutex::default(),
-            fills_reads: self.fills_reads,
+            fills_reads: self.fills_reads.load(Ordering::Relaxed),
         };
         Bound::new(py, command)
     }

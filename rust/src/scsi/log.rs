@@ -59,13 +59,18 @@ struct Page {
 
 /// In ascending order. Page 00h is made from this list.
 const PAGES: [Page; 4] = [
-    Page { code: 0x0c, exists: |lu| lu.capabilities().discard, parameters: |_| Vec::new() },
+    Page { code: 0x0c, exists: |lu| lu.capabilities().discard, parameters: logical_block_provisioning },
     Page { code: 0x0d, exists: |_| true, parameters: temperature },
     Page { code: 0x0e, exists: |_| true, parameters: start_stop_cycles },
     Page { code: 0x19, exists: |_| true, parameters: general_statistics },
 ];
 const SUPPORTED_PAGES: u8 = 0x00;
 const ALL_SUBPAGES: u8 = 0xff;
+
+/// What the storage has left is not known: no parameter is better than a number that somebody relies on.
+fn logical_block_provisioning(_lu: &LogicalUnit) -> Vec<(u16, Vec<u8>)> {
+    Vec::new()
+}
 
 /// There is no sensor.
 fn temperature(_lu: &LogicalUnit) -> Vec<(u16, Vec<u8>)> {

@@ -496,3 +496,138 @@ static INDEX: [(u8, u8); 256] = {
     }
     index
 };
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use proptest::prelude::*;
+    use proptest::strategy::ValueTree;
+    use proptest::test_runner::TestRunner;
+
+    use super::super::cdb::LOOKED_AT;
+    use super::super::{Capabilities, Geometry, Identity};
+    use super::*;
+
+    #[derive(Debug)]
+    struct Memory(RefCell<Vec<u8>>);
+
+    impl DataBuffer for Memory {
+        fn len(&self) -> usize {
+            self.0.borrow().len()
+        }
+
+        fn read(&self, offset: usize, into: &mut [u8]) {
+            into.copy_from_slice(&self.0.borrow()[offset..offset + into.len()]);
+        }
+
+        fn write(&self, offset: usize, from: &[u8]) {
+            self.0.borrow_mut()[offset..offset + from.len()].copy_from_slice(from);
+        }
+    }
+
+    fn unit() -> LogicalUnit {
+        let all = Capabilities {
+            write: true,
+            flush: true,
+            native_fua: true,
+            discard: true,
+            discard_zeroes: true,
+            write_zeroes: true,
+            extents: true,
+        };
+        let mut naa = [0; 16];
+        naa[0] = 0x60;
+        let identity = Identity::new("v", "p", "r", "s", naa).unwrap();
+        let geometry =
+            Geometry { removable: true, max_atomic_write_blocks: 8, ..Geometry::new(512, 64 * 512) };
+        let unit = LogicalUnit::new(identity, geometry, all).unwrap();
+        // A copy of nothing, for RECEIVE COPY STATUS to tell of.
+        let before = LOOKED_AT.get();
+        let copied = copy::extended_copy(
+            &unit,
+            Cdb::new(&[0x83, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0]),
+            &Memory(RefCell::new(vec![0; 16])),
+        );
+        assert!(copied.is_ok());
+        LOOKED_AT.set(before);
+        unit
+    }
+
+    /// Bits that a command may have set and that nobody looks at, with the reason.
+    fn without_effect(name: &str, byte: usize) -> u8 {
+        match (name, byte) {
+            // CMPLST and DEFECT LIST FORMAT: no list has defects in it.
+            ("FORMAT UNIT", 1) => 0x0f,
+            // IMMED allows an early answer and does not ask for one; what SYNC_NV leaves out is written, too.
+            ("START STOP UNIT", 1) => 0x01,
+            ("PRE-FETCH(10)" | "PRE-FETCH(16)", 1) => 0x02,
+            ("SYNCHRONIZE CACHE(10)" | "SYNCHRONIZE CACHE(16)", 1) => 0x06,
+            // Which failures a SANITIZE may leave by itself is of no meaning for leaving it.
+            ("SANITIZE, EXIT FAILURE MODE", 1) => 0xa0,
+            // What is expected of protection information, which there is none of.
+            (name, 20..=27) if name.ends_with("(32)") => 0xff,
+            _ => 0,
+        }
+    }
+
+    /// The usage data is what initiators are told; this is what becomes of it.
+    #[test]
+    fn the_usage_data_is_what_is_looked_at() {
+        let mut runner = TestRunner::deterministic();
+        for command in all(&unit()).filter(|command| !command.kernel) {
+            LOOKED_AT.set([0; 32]);
+            for attempt in 0..200 {
+                let mut noise =
+                    || prop::collection::vec(any::<u8>(), 64).new_tree(&mut runner).unwrap().current();
+                let (cdb, sparse, data) = (noise(), noise(), noise());
+                let mut cdb: Vec<u8> = (0..command.cdb_length())
+                    .map(|at| {
+                        let fixed = at == 0
+                            || at == 1 && command.service_action.is_some()
+                            || command.opcode() == 0x7f && at < 10;
+                        let random =
+                            cdb[at] & if attempt % 2 == 0 { 0xff } else { sparse[at] & sparse[32 + at] & 3 };
+                        if fixed {
+                            command.usage[at] & if at == 1 { 0x1f } else { 0xff }
+                        } else {
+                            random & command.usage[at]
+                        }
+                    })
+                    .collect();
+                let length = [0, 24, 512, 1024, 4096][attempt % 5];
+                let mut data: Vec<u8> = data.iter().copied().cycle().take(length).collect();
+                if command.name == "SANITIZE, OVERWRITE" && length > 8 {
+                    // One pass of a pattern of four bytes.
+                    cdb[7..9].copy_from_slice(&[0, 8]);
+                    data[..4].copy_from_slice(&[1, 0, 0, 4]);
+                }
+                if command.name == "LOG SENSE" && length > 8 {
+                    // The list of pages.
+                    cdb[1..4].copy_from_slice(&[0, 0x40, 0]);
+                }
+                if command.name == "RECEIVE COPY STATUS(LID1)" {
+                    cdb[2] &= 0x01;
+                }
+                let memory = Memory(RefCell::new(data));
+                // A unit of its own: some commands end the readiness for others.
+                let _ = (command.run)(&unit(), Cdb::new(&cdb), &memory);
+            }
+            let looked_at = LOOKED_AT.get();
+            for (at, &usage) in command.usage.iter().enumerate().skip(1) {
+                let action = match (command.service_action, at) {
+                    (Some(_), 1) if command.opcode() != 0x7f => 0x1f,
+                    (Some(_), 7..=9) if command.opcode() == 0x7f => 0xff,
+                    _ => 0,
+                };
+                let usage = usage & !action;
+                let ignored = without_effect(command.name, at);
+                let missed = usage & !looked_at[at] & !ignored;
+                assert_eq!(missed, 0, "{}: bits of byte {at} that nobody looks at", command.name);
+                // A field of some bits is taken out of its byte; but no byte is looked at for nothing.
+                let secret = looked_at[at] != 0 && usage == 0 && action == 0;
+                assert!(!secret, "{}: byte {at} is looked at, which is not said", command.name);
+            }
+        }
+    }
+}
