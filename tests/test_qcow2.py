@@ -346,3 +346,31 @@ async def test_a_full_file_system(small: Path, tmp_path: Path, log: Log, compres
     check(path)
     shutil.copy(path, tmp_path / "copy")
     assert raw(tmp_path / "copy") == model
+
+
+async def test_a_burst_of_small_writes_compresses_each_cluster_once(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, MIB, cluster_size=65536)
+    async with Qcow2Handler(path, compress=True, idle=None) as disk:
+        assert disk.statistics() == {}
+        for at in range(0, 131072, 4096):
+            await disk.write(at, IoVec([bytes([1 + at // 4096]) * 4096]))
+        await disk.flush()
+        found = disk.statistics()
+        assert (found["misses"], found["hits"], found["destaged"], found["commits"]) == (2, 30, 0, 1)
+    check(path)
+
+
+async def test_flushes_that_wait_share_one_record(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, MIB)
+    async with Qcow2Handler(path, idle=None) as disk:
+
+        async def write_and_flush(at: int) -> None:
+            await disk.write(at, IoVec([b"x" * 4096]))
+            await disk.flush()
+
+        async with trio.open_nursery() as nursery:
+            for at in range(0, MIB, 32768):
+                nursery.start_soon(write_and_flush, at)
+        assert disk.statistics()["commits"] <= 4

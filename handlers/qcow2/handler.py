@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _PATIENCE = 64
 """How often a read is tried again after what it lacked was brought into memory."""
 _MAX_EXTENTS = 256
+_LEVELS = (9, 22)
+"""The highest levels of zlib and zstd."""
+_LARGE = 128 << 10
+"""Bytes of a read that is worth a thread."""
 
 
 class Qcow2Handler(BlockHandler):
@@ -262,6 +266,9 @@ class Qcow2Handler(BlockHandler):
             if self._wanted_size not in (None, image.size):
                 raise ValueError(f"{self.path} has {image.size} bytes, not the {self._wanted_size} that were asked for")
             image.block_size = self.block_size
+            hardest = _LEVELS[image.header.compression_type]
+            if self._level is not None and not 1 <= self._level <= hardest:
+                raise ValueError(f"level is {self._level}; for {image.header.compression_name()} it is 1 to {hardest}")
             image.codec.level = self._level or 1
             if not self.read_only:
                 writer = Writer(image, compress=self._compress, chain=image.chain, **self._writing)
@@ -296,9 +303,15 @@ class Qcow2Handler(BlockHandler):
         """Reads; waits only for what is not in memory."""
         image = self._image
         assert image is not None
+        large = iov.nbytes >= _LARGE
         for _ in range(_PATIENCE):
             try:
-                image.read(offset, iov, wait=False)
+                found = image.collect(offset, iov) if large else None
+                if found is None:
+                    image.read(offset, iov, wait=False)
+                elif found:
+                    # Of several large reads one is decompressed beside the other.
+                    await trio.to_thread.run_sync(image.decompress_into, found)
                 return
             except Cold as cold:
                 await trio.to_thread.run_sync(cold.warm)
@@ -320,6 +333,16 @@ class Qcow2Handler(BlockHandler):
     async def write_zeroes(self, offset: int, length: int) -> None:
         """The same."""
         await self._writing_to().write_zeroes(offset, length)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the image was opened; nothing while only reads have been served.
+
+        `dirty`: bytes of clusters that are newer in memory. `hits` and `misses`: writes that found their cluster there,
+        or not. `destaged`: clusters written back. `compressed` and `stored`: bytes before and after compression.
+        `in_place`: writes to plain clusters where they are. `commits`: records of the log. `checkpoints`.
+        `free`: bytes of holes that will be used again.
+        """
+        return {} if self._writer is None else self._writer.statistics()
 
     def _writing_to(self) -> Writer:
         if self._writer is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from .writer import Writer
 Progress = Callable[[float], None]
 """Called with how much is done, from 0 to 1."""
 _MAX_PROBLEMS = 100
+_REGION_BITS = 12
+_REGION_MASK = (1 << _REGION_BITS) - 1
 _COPY = 1 << 20
 
 
@@ -68,7 +71,8 @@ class _Check:
         self._bits = image.header.cluster_bits
         self._cluster_size = image.header.cluster_size
         self._refcounts = Refcounts(image.pages, image.header)
-        self._users: dict[int, int] = {}
+        # By regions of host clusters, so that memory goes with the file and not with the disk.
+        self._users: dict[int, array[int]] = {}
         self._done = 0.0
         self._told = 0.0
 
@@ -108,10 +112,14 @@ class _Check:
             self.problems.append("and more")
 
     def _use(self, first: int, count: int, what: str) -> None:
-        for cluster in range(first, first + count):
-            self._users[cluster] = self._users.get(cluster, 0) + 1
         if (first + count) << self._bits > 1 << 56:
             self._problem(f"{what} is at {first << self._bits}, where nothing can be")
+            return
+        for cluster in range(first, first + count):
+            region = self._users.get(cluster >> _REGION_BITS)
+            if region is None:
+                region = self._users[cluster >> _REGION_BITS] = array("I", bytes(4 << _REGION_BITS))
+            region[cluster & _REGION_MASK] += 1
 
     def _use_range(self, offset: int, length: int, what: str) -> None:
         first = offset >> self._bits
@@ -151,14 +159,16 @@ class _Check:
             if not self._refcounts.block(index):
                 continue
             for cluster in range(index * per_block, (index + 1) * per_block):
-                said, found = self._refcounts.get(cluster), self._users.get(cluster, 0)
+                region = self._users.get(cluster >> _REGION_BITS)
+                said, found = self._refcounts.get(cluster), region[cluster & _REGION_MASK] if region else 0
                 seen += found > 0
                 if said < found:
                     self._problem(f"host cluster {cluster} has {found} users, and its refcount is {said}")
                 elif said > found:
                     self._problem(f"host cluster {cluster} is leaked: it has {found} users, and its refcount is {said}")
-        if seen != len(self._users):
-            self._problem(f"{len(self._users) - seen} host clusters in use have no refcount at all")
+        used = sum(len(region) - region.count(0) for region in self._users.values())
+        if seen != used:
+            self._problem(f"{used - seen} host clusters in use have no refcount at all")
 
 
 def check_image(path: str | os.PathLike[str], progress: Progress | None = None, **where: Any) -> list[str]:

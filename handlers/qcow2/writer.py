@@ -19,7 +19,7 @@ from .branching import Branching
 from .cache import UNIT, Entry, runs
 from .changes import Changes
 from .header import DATA_FILE, DIRTY, SECTOR, LogPlace, with_log, without_log
-from .image import Image
+from .image import Image, Kind
 from .log import SAVED_SECTOR, STATES, Chain, Log, Record
 from .pages import Cold
 from .refcounts import Refcounts
@@ -46,6 +46,7 @@ _TABLES_AT_ONCE = 1024
 _PAGES = 4
 """Pages of L2 and refcounts that one change of the map dirties, at most, where the tables are there."""
 _MANY_DROPPED = 4096
+"""Places that wait for a record, to be used again, before one is made for them; fewer in small images."""
 _SLACK = 8
 _SMALL = 64 << 20
 """Bytes of an image that is looked through at once, before the first change."""
@@ -126,7 +127,8 @@ class Writer:
         # What one change of the map may dirty: L2 and refcounts, a new L2 table, a new refcount block.
         self._worst = 2 * self._cluster_size + 6 * self._pages.size
         self._log_size = max(log_size or min(_MAX_LOG, max(_MIN_LOG, image.size >> 6)), STATES + 8 * self._worst)
-        # The same of changes that are on their way.
+        self._many = min(_MANY_DROPPED, max(256, image.size >> self._bits >> 5))
+        # Bytes that the changes on their way may dirty.
         self._promised = 0
         self._idle = idle
         self._chain = chain
@@ -153,7 +155,16 @@ class Writer:
         self._ended = trio.Event()
         # A frame takes at least so much of a host cluster, so that its refcount suffices.
         self._least = max(1, self._cluster_size // min(1 << 62, (1 << (1 << header.refcount_order)) // 2))
-        self.counters = {"destaged": 0, "in_place": 0, "commits": 0, "checkpoints": 0, "compressed": 0, "stored": 0}
+        self.counters = {
+            "hits": 0,
+            "misses": 0,
+            "destaged": 0,
+            "in_place": 0,
+            "commits": 0,
+            "checkpoints": 0,
+            "compressed": 0,
+            "stored": 0,
+        }
 
     @property
     def active(self) -> bool:
@@ -165,11 +176,19 @@ class Writer:
         """Bytes of clusters that are newer in memory."""
         return len(self._cache) << self._bits
 
+    def statistics(self) -> dict[str, int]:
+        """What the handler tells."""
+        if self._log is None:
+            return {}
+        free = (self._space.holes.sectors + self._space.clusters.sectors) * SECTOR
+        return {"dirty": self.dirty, "free": free, **self.counters}
+
     # Commands.
 
     async def write(self, offset: int, iov: IoVec) -> None:
         """Stores; it is durable after the next flush."""
-        await self._start()
+        if self._log is None or self._failed is not None:
+            await self._start()
         self._writes += 1
         total = iov.nbytes
         done = 0
@@ -178,7 +197,10 @@ class Writer:
             step = min(self._cluster_size - within, total - done)
             part = iov if step == total else iov.slice(done, done + step)
             cluster = (offset + done) >> self._bits
-            await self._retry(lambda c=cluster, w=within, p=part: self._put(c, w, p))  # type: ignore[misc]
+            try:
+                self._put(cluster, within, part)
+            except (Cold, _CacheFullError, OSError):
+                await self._retry(lambda c=cluster, w=within, p=part: self._put(c, w, p))  # type: ignore[misc]
             done += step
 
     async def write_zeroes(self, offset: int, length: int) -> None:
@@ -308,6 +330,9 @@ class Writer:
                 self.counters["in_place"] += 1
                 return
             entry = self._add_entry(cluster, whole=length == self._cluster_size)
+            self.counters["misses"] += 1
+        else:
+            self.counters["hits"] += 1
         part.copy_into(memoryview(entry.data)[within : within + length])
         if not entry.unlogged:
             self._unlogged_entries[cluster] = entry
@@ -377,7 +402,8 @@ class Writer:
     def _zero_part(self, cluster: int, within: int, length: int) -> None:
         if cluster not in self._cache:
             parts = self._image.extents((cluster << self._bits) + within, length, wait=False)
-            if all(part.kind == 1 or (part.kind == 0 and not self._changes.shines_through(cluster)) for part in parts):
+            below = self._changes.shines_through(cluster)
+            if all(part.kind == Kind.ZERO or (part.kind == Kind.UNALLOCATED and not below) for part in parts):
                 return
         self._put(cluster, within, IoVec([bytes(length)]))
 
@@ -408,7 +434,7 @@ class Writer:
                     continue
                 await self._try(self._destage, batch)
                 # What was freed is used again only after a record, and one must not become too large.
-                if len(self._changes.dropped) > _MANY_DROPPED or self._changed > self._log_size // 32:
+                if len(self._changes.dropped) > self._many or self._changed > self._log_size // 32:
                     await self._try(self.flush)
         finally:
             self._leave()

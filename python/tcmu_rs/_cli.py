@@ -588,7 +588,9 @@ def check(
     name, config = spec
     options = _options(size=None, create=False, read_only=not repair, block_size=block_size, extra=extra)
     method = _optional_method(name, handler_class, "check")
-    found = trio.run(functools.partial(method, config, options, repair=repair))
+    # Those that take long tell how far they are.
+    more = {"progress": _cli_storage.show_progress} if "progress" in inspect.signature(method).parameters else {}
+    found = trio.run(functools.partial(method, config, options, repair=repair, **more))
     if as_json:
         print(json.dumps(found, indent=2))
     else:
