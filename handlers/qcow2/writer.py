@@ -52,6 +52,11 @@ _SMALL = 64 << 20
 """Bytes of an image that is looked through at once, before the first change."""
 
 
+def _text(error: Exception) -> str:
+    """An error without its number, which the next one has again."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 class _CacheFullError(Exception):
     """There is no room for another dirty cluster now."""
 
@@ -113,6 +118,10 @@ class Writer:
                 f"the refcounts of {image.storage.path} are not up to date: run `qemu-img check -r all`, "
                 "or attach it read-only"
             )
+        if chain is None:
+            # Whether there is room for it is better known now than at the first write.
+            cluster = image.storage.pread(0, header.cluster_size)
+            with_log(header, cluster, LogPlace(0, 0, bytes(16)))
         # A cluster has to be able to be shared by many.
         self._compress = compress and header.refcount_order >= 3
         self._image = image
@@ -244,7 +253,9 @@ class Writer:
 
     def _check(self) -> None:
         if self._failed is not None:
-            raise OSError(self._failed.errno, f"an earlier flush failed, nothing is written any more: {self._failed}")
+            raise OSError(
+                self._failed.errno, f"an earlier flush failed, nothing is written any more: {_text(self._failed)}"
+            )
 
     async def _retry(self, change: Callable[[], None]) -> None:
         """Makes a change, which does nothing if it raises, until there is what it needs."""
@@ -390,7 +401,7 @@ class Writer:
         try:
             mapped = self._changes.map_zero(cluster)
         except Exception as error:
-            self._fail(OSError(errno.EUCLEAN, str(error)))
+            self._fail(OSError(errno.EUCLEAN, _text(error)))
             raise
         if mapped:
             entry = self._cache.pop(cluster, None)
@@ -488,7 +499,7 @@ class Writer:
                 await self._closing.wait()
         except Exception as error:
             logger.exception("%s: writing back failed", self._storage.path)
-            self._fail(OSError(errno.EIO, str(error)))
+            self._fail(OSError(errno.EIO, _text(error)))
 
     def _leave(self) -> None:
         self._background -= 1
@@ -708,7 +719,7 @@ class Writer:
                     self.counters["stored"] += len(job.stored)
             except Exception as error:
                 # The map is changed by halves: what is in memory must never be in a record.
-                self._fail(OSError(errno.EUCLEAN, str(error)))
+                self._fail(OSError(errno.EUCLEAN, _text(error)))
                 raise
             del self._cache[job.cluster]
             self._forget(job.cluster, job.entry)
@@ -923,7 +934,7 @@ class Writer:
             # These are raised before anything is changed.
             raise
         except Exception as error:
-            self._fail(OSError(errno.EUCLEAN, str(error)))
+            self._fail(OSError(errno.EUCLEAN, _text(error)))
             raise
         await self.checkpoint()
 
@@ -938,8 +949,12 @@ class Writer:
             if self._log is None:
                 self._check()
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._announce)
-                    await self._begin()
+                    try:
+                        await trio.to_thread.run_sync(self._announce)
+                        await self._begin()
+                    except Qcow2Error as error:
+                        # What is damaged is found when it is needed; to who writes it is the medium.
+                        raise OSError(errno.EUCLEAN, str(error)) from error
 
     async def _begin(self) -> None:
         """The tasks in the background. They end with `close`, as the handler has no nursery to lend them."""
