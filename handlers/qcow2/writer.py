@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import secrets
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import trio
@@ -21,6 +19,7 @@ from .changes import Changes
 from .header import DATA_FILE, DIRTY, SECTOR, LogPlace, with_log, without_log
 from .image import Image, Kind
 from .log import SAVED_SECTOR, STATES, Chain, Log, Record
+from .packing import Job, Packer
 from .pages import Cold
 from .refcounts import Refcounts
 from .scanner import Scanner
@@ -59,30 +58,6 @@ def _text(error: Exception) -> str:
 
 class _CacheFullError(Exception):
     """There is no room for another dirty cluster now."""
-
-
-@dataclass(slots=True)
-class _Job:
-    """A dirty cluster on its way to the file.
-
-    Attributes:
-        cluster: Of the guest.
-        entry: In the cache.
-        version: Of the entry when it was copied.
-        data: The copy.
-        stored: What is written; None for a plain cluster; empty for zeroes.
-        place: Where.
-        crc: Of what is stored.
-    """
-
-    cluster: int
-    entry: Entry
-    version: int
-    data: bytes
-    stored: bytes | None = None
-    place: int = 0
-    crc: int = 0
-    virgin: bool = False
 
 
 class Writer:
@@ -144,6 +119,7 @@ class Writer:
         self._log: Log | None = None
         self._space: Space
         self._changes: Changes
+        self._packer: Packer
         self._sector = b""
         # Bytes of pieces that no record has, and of those that one has.
         self._unlogged = self._logged = 0
@@ -162,8 +138,6 @@ class Writer:
         self._closing = trio.Event()
         self._background = 0
         self._ended = trio.Event()
-        # A frame takes at least so much of a host cluster, so that its refcount suffices.
-        self._least = max(1, self._cluster_size // min(1 << 62, (1 << (1 << header.refcount_order)) // 2))
         self.counters = {
             "hits": 0,
             "misses": 0,
@@ -565,16 +539,16 @@ class Writer:
             batch = [(cluster, entry) for cluster, entry in batch if self._is_idle(cluster, entry)]
             worst = self._cost(batch)
             jobs = self._jobs(batch)
-            placed: list[_Job] = []
+            placed: list[Job] = []
             self._promised += worst
             try:
-                await trio.to_thread.run_sync(self._prepare, jobs)
-                plan = self._place(jobs, placed)
-                await trio.to_thread.run_sync(self._write_out, plan)
+                await trio.to_thread.run_sync(self._packer.prepare, jobs)
+                plan = self._packer.place(jobs, placed)
+                await trio.to_thread.run_sync(self._packer.write_out, plan)
                 while self._gate is not None:
                     await self._gate.wait()
             except BaseException:
-                self._give_back(placed)
+                self._packer.give_back(placed)
                 raise
             else:
                 self._settle(jobs)
@@ -587,23 +561,23 @@ class Writer:
     def _destage_now(self, batch: Sequence[tuple[int, Entry]]) -> None:
         """The same at once, so that nobody can write meanwhile. Others wait, so it is the last resort."""
         jobs = self._jobs(batch)
-        placed: list[_Job] = []
+        placed: list[Job] = []
         try:
-            self._prepare(jobs)
-            self._write_out(self._place(jobs, placed))
+            self._packer.prepare(jobs)
+            self._packer.write_out(self._packer.place(jobs, placed))
         except BaseException:
-            self._give_back(placed)
+            self._packer.give_back(placed)
             raise
         finally:
             for job in jobs:
                 job.entry.busy = False
         self._settle(jobs)
 
-    def _jobs(self, batch: Sequence[tuple[int, Entry]]) -> list[_Job]:
+    def _jobs(self, batch: Sequence[tuple[int, Entry]]) -> list[Job]:
         jobs = []
         for cluster, entry in batch:
             entry.busy = True
-            jobs.append(_Job(cluster, entry, entry.version, bytes(entry.data)))
+            jobs.append(Job(cluster, entry, entry.version, bytes(entry.data)))
         return jobs
 
     @property
@@ -631,82 +605,13 @@ class Writer:
         refcounts = (hosts << self._header.refcount_order >> 3) + 2 * self._cluster_size
         return l2 + refcounts + 4 * self._cluster_size + 8 * self._pages.size
 
-    def _prepare(self, jobs: Sequence[_Job]) -> None:
-        """In a thread: what is stored of each cluster."""
-        zeroes = bytes(self._cluster_size)
-        compress = self._image.codec.compress
-        for job in jobs:
-            if job.data == zeroes:
-                job.stored = b""
-            elif self._compress:
-                job.stored = compress(job.data)
-                if job.stored is not None:
-                    job.crc = zlib.crc32(job.stored)
-
-    def _place(self, jobs: Sequence[_Job], placed: list[_Job]) -> list[tuple[int, list[bytes]]]:
-        """Takes free space for what is stored; returns what to write where."""
-        plan: list[tuple[int, list[bytes]]] = []
-        run: list[tuple[_Job, int]] = []
-        at = 0
-        most = 1 << (self._bits - 8)
-        for job in jobs:
-            stored = job.stored
-            if stored == b"":
-                if self._header.version > 2 or not self._changes.shines_through(job.cluster):
-                    continue
-                stored = job.stored = None
-            if stored is None:
-                before = self._space.end
-                job.place = self._space.take_clusters(1)
-                job.virgin = job.place >= before
-                placed.append(job)
-                plan.append((job.place, [job.data]))
-                continue
-            hole = self._space.take_sectors(max(len(stored), self._least))
-            if hole is not None:
-                job.place = hole
-                self._space.use(hole, len(stored))
-                placed.append(job)
-                plan.append((hole, [stored]))
-                continue
-            if ((at + len(stored) - 1) >> 9) - (at >> 9) >= most:
-                at = -(-at // SECTOR) * SECTOR
-            run.append((job, at))
-            at += max(len(stored), self._least)
-        if run:
-            start = self._space.take_run(at)
-            buffers: list[bytes] = []
-            stop = 0
-            for job, place in run:
-                assert job.stored is not None
-                job.place = start + place
-                self._space.use(job.place, len(job.stored))
-                placed.append(job)
-                buffers += [bytes(place - stop), job.stored] if place > stop else [job.stored]
-                stop = place + len(job.stored)
-            plan.append((start, buffers))
-        return plan
-
-    def _write_out(self, plan: Sequence[tuple[int, list[bytes]]]) -> None:
-        """In a thread."""
-        for offset, buffers in plan:
-            self._storage.pwrite(offset, buffers)
-
-    def _give_back(self, placed: Sequence[_Job]) -> None:
-        """Nothing names these places."""
-        for job in placed:
-            if job.stored is None:
-                self._space.free_cluster(job.place)
-            else:
-                self._space.free(job.place, len(job.stored))
-
-    def _settle(self, jobs: Sequence[_Job]) -> None:
+    def _settle(self, jobs: Sequence[Job]) -> None:
         """The data is written: the map may say so."""
         changes = self._changes
         for job in jobs:
             if self._cache.get(job.cluster) is not job.entry or job.entry.version != job.version:
                 if job.stored != b"":
-                    self._give_back([job])
+                    self._packer.give_back([job])
                 continue
             try:
                 if job.stored == b"":
@@ -1009,6 +914,7 @@ class Writer:
         end = -(-end >> self._bits) << self._bits
         self._space = Space(self._storage, self._bits, end, packed=self._compress)
         self._changes = Changes(self._image, self._space)
+        self._packer = Packer(self._image, self._space, self._changes, compress=self._compress)
 
     async def recover(self) -> None:
         """Goes on where a log ended: brings everything into the tables."""
