@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,13 +15,13 @@ from ._errors import Qcow2Error
 from .branching import Branching
 from .cache import UNIT, Entry, runs
 from .changes import Changes
-from .header import DATA_FILE, DIRTY, SECTOR, LogPlace, with_log, without_log
+from .header import DATA_FILE, DIRTY, SECTOR, LogPlace
 from .image import Image, Kind
-from .log import SAVED_SECTOR, STATES, Chain, Log, Record
+from .log import STATES, Chain, Log, Record
 from .packing import Job, Packer
 from .pages import Cold
-from .refcounts import Refcounts
 from .scanner import Scanner
+from .session import Session, announce, check_room, lay_log, place_log, renounce, resume
 from .space import Space
 from .tables import COMPRESSED, COPIED, OFFSET, SUBCLUSTERS, ZERO
 
@@ -94,9 +93,8 @@ class Writer:
                 "or attach it read-only"
             )
         if chain is None:
-            # Whether there is room for it is better known now than at the first write.
-            cluster = image.storage.pread(0, header.cluster_size)
-            with_log(header, cluster, LogPlace(0, 0, bytes(16)))
+            # Better known now than at the first write.
+            check_room(image)
         # A cluster has to be able to be shared by many.
         self._compress = compress and header.refcount_order >= 3
         self._image = image
@@ -120,7 +118,7 @@ class Writer:
         self._space: Space
         self._changes: Changes
         self._packer: Packer
-        self._sector = b""
+        self._session: Session | None = None
         # Bytes of pieces that no record has, and of those that one has.
         self._unlogged = self._logged = 0
         self._unlogged_entries: dict[int, Entry] = {}
@@ -855,7 +853,9 @@ class Writer:
                 self._check()
                 with trio.CancelScope(shield=True):
                     try:
-                        await trio.to_thread.run_sync(self._announce)
+                        place, opened = await trio.to_thread.run_sync(self._lay_log)
+                        self._session = await self._in_thread(announce, self._image, place, opened)
+                        self._log = self._session.log
                         await self._begin()
                     except Qcow2Error as error:
                         # What is damaged is found when it is needed; to who writes it is the medium.
@@ -879,36 +879,18 @@ class Writer:
         finally:
             self._leave()
 
-    def _announce(self) -> None:
-        """Makes the log, then says in the header that it is there. Blocks."""
-        storage, header = self._storage, self._header
-        end = -(-max(storage.size, self._cluster_size) >> self._bits) << self._bits
-        # Clusters may be in use that nobody has written to yet.
-        end = max(end, (Refcounts(self._pages, header).last_used(end >> self._bits) + 1) << self._bits)
-        size = -(-self._log_size >> self._bits) << self._bits
-        place = LogPlace(end, size, secrets.token_bytes(16))
-        cluster = storage.pread(0, self._cluster_size)
-        sector = cluster[:SECTOR]
-        at, extensions, opened = with_log(header, cluster, place)
+    def _lay_log(self) -> tuple[LogPlace, bytes]:
+        """Makes the log and what goes with it. Blocks; if it raises, nothing has happened."""
+        place = place_log(self._image, self._log_size)
+        self._open_space(place.offset + place.size)
         try:
-            storage.allocate(end, size)
-            Log.prepare(storage, place, sector)
-            if extensions:
-                storage.pwrite(at, [extensions])
-                storage.fdatasync()
-            self._open_space(end + size)
             # For refcount blocks, that nobody counts on.
             self._space.reserve(_SLACK * self._cluster_size)
+            return place, lay_log(self._image, place)
         except OSError:
-            # Nothing has begun yet.
-            storage.truncate(end)
+            # Reserved was what is behind the end.
+            self._storage.truncate(place.offset)
             raise
-        storage.pwrite(0, [opened])
-        storage.fdatasync()
-        self._pages.forget(0, self._pages.size)
-        self._sector = sector
-        self._image.log_range = (end, end + size)
-        self._log = Log(storage, place, self._pages.size)
 
     def _open_space(self, end: int) -> None:
         end = -(-end >> self._bits) << self._bits
@@ -920,27 +902,14 @@ class Writer:
         """Goes on where a log ended: brings everything into the tables."""
         chain = self._chain
         assert chain is not None
-        log = chain.log
-
-        def settle() -> None:
-            for at in chain.suspects:
-                self._storage.pwrite(at, [bytes(SECTOR)])
-            self._storage.fdatasync()
-            if chain.turned is not None:
-                log.write_state(chain.turned)
-            self._image.log_range = (log.place.offset, log.place.offset + log.place.size)
-            self._sector = self._storage.pread(log.place.offset + SAVED_SECTOR, SECTOR)
-            end = max(self._storage.size, log.place.offset + log.place.size)
-            last = Refcounts(self._pages, self._header).last_used(end >> self._bits)
-            self._open_space(max(end, (last + 1) << self._bits))
-
-        await self._in_thread(settle)
+        session, end = await self._in_thread(resume, self._image, chain)
+        self._open_space(end)
         self._space.reserve(_SLACK * self._cluster_size)
         for entry in self._cache.values():
             entry.cost = 3 * self._cluster_size + 2 * SECTOR
             self._logged += entry.logged.bit_count() * UNIT
             self._space.reserve(entry.cost)
-        self._log = log
+        self._session, self._log = session, session.log
         await self.destage()
         await self.flush()
         await self.checkpoint()
@@ -966,22 +935,6 @@ class Writer:
                 await self.checkpoint()
             self._check()
             await self.punch()
-            await self._in_thread(self._renounce)
+            end = self._space.trim(*self._image.log_range)
+            await self._in_thread(renounce, self._image, self._session, end)
             self._log = None
-
-    def _renounce(self) -> None:
-        """The image is plain qcow2 again. Blocks."""
-        log, storage = self._log, self._storage
-        assert log is not None
-        now = self._pages.read(0, SECTOR)
-        sector = without_log(self._sector, now)
-        storage.pwrite(0, [sector])
-        storage.fdatasync()
-        place = log.place
-        end = self._space.trim(place.offset, place.size)
-        if end > place.offset:
-            storage.punch(place.offset, place.size)
-        storage.truncate(end)
-        # Once more: what is reserved behind the end is given back when the size does not change.
-        storage.truncate(end)
-        storage.fdatasync()
