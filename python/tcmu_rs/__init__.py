@@ -21,9 +21,11 @@ from ._errors import (
 )
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
 from ._layers import Lower
+from ._memory import protect_memory
 from ._native import AesXts, Command, IoVec, Transfer, __version__, debug_build, fallocate, fdatasync
 from ._registry import handler_below
 from ._runtime import Device
+from ._statistics import DeviceStatistics, LateCommand, Latency, VerbStatistics
 
 if debug_build:
     import warnings
@@ -41,12 +43,15 @@ __all__ = [
     "Device",
     "DeviceError",
     "DeviceRemovedError",
+    "DeviceStatistics",
     "ExtentState",
     "Handler",
     "HardwareError",
     "Identity",
     "IllegalRequest",
     "IoVec",
+    "LateCommand",
+    "Latency",
     "Lower",
     "MediumError",
     "MediumNotPresent",
@@ -58,6 +63,7 @@ __all__ = [
     "RingCorruptError",
     "ScsiError",
     "Transfer",
+    "VerbStatistics",
     "WriteProtected",
     "__version__",
     "attach",

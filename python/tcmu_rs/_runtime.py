@@ -17,7 +17,6 @@ import functools
 import logging
 import math
 import os
-import threading
 import traceback
 import types
 from collections import deque
@@ -27,14 +26,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
-from . import _errors, _files, _native, _statistics, _watchdog, _where
+from . import _errors, _files, _native, _statistics, _watchdog
 from ._domain import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
+from ._late import Overseer, Suspended
 from ._slot import Face, Slot
 
 if TYPE_CHECKING:
     from . import _control
     from ._sysfs import UioDevice
+    from ._upgrade import Inherited
 
 logger = logging.getLogger("tcmu_rs")
 
@@ -48,8 +49,6 @@ GRACE = 10.0
 """Seconds that commands in flight get when a device stops."""
 KERNEL_TIME_OUT = 30
 """Seconds after which the kernel gives a command up, unless told otherwise (`TCMU_TIME_OUT`)."""
-SWEEP = 1.0
-"""Seconds between two looks at the commands that wait for their handlers."""
 
 _ABORTED = _errors.Failure(_errors.TASK_ABORTED)
 _BUSY = _errors.Failure(_errors.BUSY)
@@ -60,7 +59,6 @@ _INVALID_OPCODE = _errors.Failure(_errors.CHECK_CONDITION, 0x5, 0x20, 0x00)
 
 _Coroutine = Coroutine[Any, Any, Any]
 _Call = Callable[["_native.Command"], "_Coroutine | None"]
-_Suspended = tuple[trio.CancelScope, "_native.Command", "int | None", "_Coroutine | None"]
 
 
 @types.coroutine
@@ -149,15 +147,12 @@ class Device:
         self._waiting_pieces: dict[int, Piece] = {}
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._max_in_flight = handler.max_in_flight
+        self._names: dict[int | None, str]
         self._calls: dict[int | None, _Call] = self._find_calls()
         self._pending: deque[_native.Command] = deque()
         self._idle: list[trio.lowlevel.Task] = []
-        self._suspended: dict[int, _Suspended] = {}
-        self._deadline = deadline
-        self._sweeping = False
-        self._timed_out: set[_native.Command] = set()
-        self._cancelled: set[_native.Command] = set()
-        self._threads: dict[_native.Command, int] = {}
+        self._suspended: dict[int, Suspended] = {}
+        self._overseer = Overseer(name, deadline, self._suspended, self._waiting, self._turn_away_late)
         self._workers = 0
         self._running = 0
         self._pumping = False
@@ -170,30 +165,19 @@ class Device:
         self._bugs: set[tuple[str, str]] = set()
         self._nursery: trio.Nursery | None = None
         self._stop_requested = trio.Event()
+        self._resumed: trio.Event | None = None
 
     def __repr__(self) -> str:
         return f"<tcmu_rs.Device {self.name!r}, {self.size} bytes, served by {type(self.handler).__name__}>"
 
     def statistics(self) -> _statistics.DeviceStatistics:
         """Counters and times since the start, and what runs and waits now."""
-        late = [
-            _statistics.LateCommand(
-                verb=self._method(verb),
-                offset=cmd.offset,
-                length=cmd.length,
-                age=cmd.age / 1e9,
-                where=self._where(cmd, coroutine),
-                cancelled=scope.cancel_called,
-            )
-            for scope, cmd, verb, coroutine in self._suspended.values()
-            if cmd.age > _statistics.LATE * 1e9
-        ]
         return _statistics.record(
             self._ring.statistics(),
             in_flight=self._ring.in_flight,
             running=self._running,
-            pending=len(self._pending),
-            late=tuple(sorted(late, key=lambda command: -command.age)),
+            pending=len(self._waiting()),
+            late=self._overseer.late(),
         )
 
     def stop(self) -> None:
@@ -205,6 +189,54 @@ class Device:
         self._grace = grace
         if self._winding_down is not None:
             self._winding_down.deadline = trio.current_time() + grace
+
+    def fileno(self) -> int:
+        """The descriptor of the device."""
+        return self._ring.fileno()
+
+    async def pause(self, within: float) -> None:
+        """Takes no more commands, and returns when there are none in flight; what comes then waits in the ring.
+
+        Args:
+            within: Seconds that the commands may take.
+
+        Raises:
+            TooSlowError: One takes longer. The device goes on.
+            BusyResourceError: Its handler is just being replaced. The device goes on.
+        """
+        try:
+            self._exchange.acquire_nowait()
+        except trio.WouldBlock:
+            raise trio.BusyResourceError(f"{self.name}: its handler is just being replaced") from None
+        self._resumed = trio.Event()
+        try:
+            with trio.fail_after(within):
+                # Some ends of commands wake nobody up, and this is rare.
+                while self._is_working():  # noqa: ASYNC110
+                    await trio.sleep(0.002)
+        except trio.TooSlowError:
+            self.resume()
+            raise trio.TooSlowError(f"{self.name}: a command has not ended within {within:g} s") from None
+        except BaseException:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        """Takes commands again, after `pause` in the same task; nothing if it does."""
+        if self._resumed is not None:
+            self._resumed.set()
+            self._resumed = None
+            self._exchange.release()
+
+    def _is_working(self) -> bool:
+        waiting = self._pending or self._waiting_pieces or self._dirty
+        return bool(self._running or self._copies or waiting or self._ring.quiescent_at() is None)
+
+    def estate(self) -> dict[str, Any]:
+        """What another process needs to go on with the ring of a paused device, beside the descriptor."""
+        self._free_released()
+        unit = self._ring.unit_state()
+        return {"position": self._ring.quiescent_at(), "unit": unit, "kept": self._ring.kept()}
 
     # Another handler.
 
@@ -254,8 +286,6 @@ class Device:
 
     async def _quiesce(self) -> None:
         """Waits until all that has begun is over."""
-        # Whoever waits for the ring takes commands as before otherwise: this one looks again.
-        self._start_sweep()
         while not self._is_quiet():
             self._quiet = trio.Event()
             self._nudge()
@@ -307,6 +337,8 @@ class Device:
 
     def _find_calls(self) -> dict[int | None, _Call]:
         handler = self.handler
+        kind = type(handler).__name__
+        self._names = {None: f"{kind}.{self._method(None)}"} | {int(verb): f"{kind}.{METHODS[verb]}" for verb in Verb}
         calls: dict[int | None, _Call] = {}
         if not isinstance(handler, BlockHandler):
             calls[None] = self._colour("command", lambda cmd: (cmd,), self._reply)
@@ -381,11 +413,8 @@ class Device:
         return suspended
 
     def _in_thread(self, cmd: _native.Command, call: Callable[[], Any]) -> Any:
-        self._threads[cmd] = threading.get_ident()
-        try:
+        with self._overseer.in_thread(cmd):
             return call()
-        finally:
-            del self._threads[cmd]
 
     def _check_result(self, name: str, result: object) -> None:
         if result is not None:
@@ -459,11 +488,13 @@ class Device:
         """Waits for the ring and takes a batch."""
         self._pumping = True
         try:
-            if self._ring.pending():
+            if self._resumed is not None:
+                await self._resumed.wait()
+            elif self._ring.pending():
                 await trio.lowlevel.checkpoint()
             else:
                 await trio.lowlevel.wait_readable(self._ring.fileno())
-            if self._stopping:
+            if self._stopping or self._resumed is not None:
                 return
             parked = self._parked
             batch = self._ring.drain(BATCH, parked is not None)
@@ -480,6 +511,7 @@ class Device:
                 self._pending.append(item)
             else:
                 parked.append(item)
+                self._oversee()
 
     async def _park(self) -> None:
         task = trio.lowlevel.current_task()
@@ -503,7 +535,7 @@ class Device:
                 self._hire()
                 break
 
-        self._start_sweep()
+        self._oversee()
 
     def _hire(self) -> None:
         if self._nursery is not None:
@@ -539,7 +571,7 @@ class Device:
                         # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
                         cmd_id = None if cmd.answered else cmd.id
                         if cmd_id is not None:
-                            self._suspended[cmd_id] = scope, cmd, verb, coroutine
+                            self._suspended[cmd_id] = scope, cmd, self._names[verb], coroutine
                         self._call_workers()
                         try:
                             result = await _resume(coroutine, trap)
@@ -571,7 +603,7 @@ class Device:
                 _forget(error)
         except BaseException as error:
             # Cancelled, by task management or because the device ends: never swallowed.
-            failure = _TIMED_OUT if cmd in self._timed_out else _ABORTED
+            failure = _TIMED_OUT if self._overseer.timed_out(cmd) else _ABORTED
             cancelled = self._only_cancelled(error, verb)
             if cancelled is not None:
                 _forget(error)
@@ -615,7 +647,7 @@ class Device:
         self._dirty = True
         cmd_id = None if cmd.answered else cmd.id
         if cmd_id is not None:
-            self._suspended[cmd_id] = scope, cmd, cmd.verb, None
+            self._suspended[cmd_id] = scope, cmd, self._names[cmd.verb], None
         self._call_workers()
         try:
             await trio.lowlevel.checkpoint()
@@ -655,7 +687,7 @@ class Device:
             return
         self._copies += 1
         scope = trio.CancelScope()
-        self._suspended[cmd.id] = scope, cmd, None, None
+        self._suspended[cmd.id] = scope, cmd, "extended_copy", None
         self._nursery.start_soon(self._copy, cmd, cmd.id, scope, name=f"<tcmu_rs copy of {self.name}>")
         self._call_workers()
 
@@ -677,7 +709,7 @@ class Device:
             del self._suspended[cmd_id]
             if not cmd.answered:
                 with suppress(_errors.DeviceError):
-                    cmd.fail(*(_TIMED_OUT if cmd in self._timed_out else _ABORTED))
+                    cmd.fail(*(_TIMED_OUT if self._overseer.timed_out(cmd) else _ABORTED))
             self._copies -= 1
             self._nudge()
             if (self._stopping or self._quiet is not None) and self._running == 0 and not self._copies:
@@ -734,7 +766,7 @@ class Device:
                 self._suspended[cmd_id][0].cancel()
         waiting = [cmd for cmd in self._waiting() if cmd.id in ids and not cmd.answered]
         for cmd in waiting:
-            (self._pending if cmd in self._pending else self._parked or self._pending).remove(cmd)
+            self._take_out(cmd)
             cmd.fail(*_ABORTED)
 
     def _commit(self) -> None:
@@ -746,74 +778,24 @@ class Device:
                 self._grant()
             self._call_workers()
 
-    # Commands that take too long.
-
-    def _start_sweep(self) -> None:
-        if not self._sweeping and self._nursery is not None:
-            self._sweeping = True
-            self._nursery.start_soon(self._sweep)
+    # Commands that wait for their turn.
 
     def _waiting(self) -> list[_native.Command]:
         return [*self._pending, *(self._parked or ())]
 
-    async def _sweep(self) -> None:
-        """Looks after suspended and waiting commands, as long as there are any; costs the others nothing."""
-        # A command is taken to be as old as the sweep before the one that found it: the deadline is never late.
-        since: dict[_native.Command, float] = {}
-        told: set[_native.Command] = set()
-        interval = min(SWEEP, self._deadline / 4)
-        previous = trio.current_time()
-        while self._suspended or self._pending or self._parked is not None:
-            await trio.sleep(interval)
-            now = trio.current_time()
-            suspended = [item for item in self._suspended.values() if not item[1].answered]
-            since = {cmd: since.get(cmd, previous) for cmd in (*(item[1] for item in suspended), *self._waiting())}
-            told &= since.keys()
-            self._timed_out &= since.keys()
-            previous = now
-            for scope, cmd, verb, coroutine in suspended:
-                age = now - since[cmd]
-                if scope.cancel_called:
-                    # It had a whole interval to let the cancellation through.
-                    if cmd in told or cmd not in self._cancelled:
-                        self._cancelled.add(cmd)
-                    else:
-                        told.add(cmd)
-                        logger.error(
-                            "%s: %s was cancelled and goes on, at %s",
-                            self.name, self._describe(cmd, verb), self._where(cmd, coroutine),
-                        )  # fmt: skip
-                elif age >= self._deadline:
-                    logger.warning(
-                        "%s: %s is cancelled after %g s, at %s",
-                        self.name, self._describe(cmd, verb), age, self._where(cmd, coroutine),
-                    )  # fmt: skip
-                    self._timed_out.add(cmd)
-                    scope.cancel()
-            self._cancelled &= since.keys()
-            self._turn_away_late([cmd for cmd in self._waiting() if now - since[cmd] >= self._deadline])
-        self._sweeping = False
+    def _take_out(self, cmd: _native.Command) -> None:
+        (self._pending if cmd in self._pending else self._parked or self._pending).remove(cmd)
 
     def _turn_away_late(self, commands: list[_native.Command]) -> None:
         """Commands that had no turn within the deadline: nothing was done for them, so they may come again."""
-        late = [cmd for cmd in commands if not cmd.answered]
-        if not late:
-            return
-        logger.warning("%s: %d commands had no turn within %g s", self.name, len(late), self._deadline)
-        for cmd in late:
-            (self._pending if cmd in self._pending else self._parked or self._pending).remove(cmd)
+        for cmd in commands:
+            self._take_out(cmd)
             cmd.fail(*_BUSY)
         self._commit()
 
-    def _describe(self, cmd: _native.Command, verb: int | None) -> str:
-        what = f"{type(self.handler).__name__}.{self._method(verb)}()"
-        return f"{what} of {cmd.length} bytes at {cmd.offset}" if verb is not None else f"{what} of {cmd.cdb.hex()}"
-
-    def _where(self, cmd: _native.Command, coroutine: _Coroutine | None) -> str:
-        thread = self._threads.get(cmd)
-        if thread is not None:
-            return _where.thread_point(thread)
-        return _where.await_point(coroutine)
+    def _oversee(self) -> None:
+        if not self._overseer.running and self._nursery is not None:
+            self._overseer.start(self._nursery)
 
     # Memory that is still looked at after the answer.
 
@@ -955,6 +937,7 @@ async def serve_ring(
     deadline: float = math.inf,
     free_kept: Callable[[int], None] | None = None,
     before_stop: Callable[[], None] | None = None,
+    begin: Callable[[_native.Ring, _native.LogicalUnit | None], Awaitable[None]] | None = None,
     copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -973,6 +956,7 @@ async def serve_ring(
         deadline: Seconds that a command may take: then it is cancelled, and answered as timed out.
         free_kept: Tells the kernel that a kept buffer is free.
         before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
+        begin: Called before the first command is taken, for what goes on from another process.
         copy_domain: The disks that initiators may copy from and to, beside this one itself.
         task_status: Gets the `Device` once commands flow.
 
@@ -994,6 +978,12 @@ async def serve_ring(
         intercept=has(handler, "scsi_command"),
         fills_reads=getattr(handler, "fills_reads", False),
     )
+    if begin is not None:
+        try:
+            await begin(ring, unit)
+        except BaseException:
+            ring.close()
+            raise
     device = Device(
         slot,
         ring,
@@ -1075,6 +1065,7 @@ async def serve_uio(
     name: str,
     wwn: str,
     claimed: int | None = None,
+    inherited: Inherited | None = None,
     strict: bool = False,
     grace: float = GRACE,
     deadline: float | None = None,
@@ -1091,6 +1082,7 @@ async def serve_uio(
         wwn: The backstore's unit serial number.
         claimed: The node, open already, of a device that is blocked and whose ring is empty (`_adoption.Claim.fence`).
             It is unblocked when commands flow. The descriptor stays the caller's.
+        inherited: A device that another process hands over. Its descriptor stays the caller's.
         strict: As for `serve_ring`.
         grace: As for `serve_ring`.
         deadline: As for `serve_ring`; None for five sixths of the time after which the kernel gives a command up.
@@ -1104,7 +1096,9 @@ async def serve_uio(
     """
     if deadline is None:
         deadline = await trio.to_thread.run_sync(_deadline_of, uio)
-    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if claimed is None else claimed
+    lent = inherited.fd if inherited is not None else claimed
+    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if lent is None else lent
+    free_kept = functools.partial(_action, uio, "free_kept_buf")
     try:
 
         async def serve(task_status: trio.TaskStatus[Device]) -> None:
@@ -1119,19 +1113,23 @@ async def serve_uio(
                 strict=strict,
                 grace=grace,
                 deadline=deadline,
-                free_kept=functools.partial(_action, uio, "free_kept_buf"),
+                free_kept=free_kept,
                 before_stop=before_stop,
+                begin=inherited.begin if inherited is not None else None,
                 copy_domain=copy_domain,
                 task_status=task_status,
             )
 
-        if claimed is None:
+        if lent is None:
             await serve(task_status)
             return
         async with trio.open_nursery() as nursery:
             device = await nursery.start(serve)
-            await trio.to_thread.run_sync(_action, uio, "block_dev", 0)
+            if inherited is None:
+                await trio.to_thread.run_sync(_action, uio, "block_dev", 0)
+            else:
+                nursery.start_soon(inherited.free_kept, free_kept)
             task_status.started(device)
     finally:
-        if claimed is None:
+        if lent is None:
             os.close(fd)
