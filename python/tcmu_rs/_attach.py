@@ -24,6 +24,7 @@ from ._slot import Slot
 if TYPE_CHECKING:
     from ._runtime import Device
     from ._statistics import DeviceStatistics
+    from ._upgrade import Inherited, Succession
 
 _log = logging.getLogger("tcmu_rs")
 
@@ -65,6 +66,11 @@ class AttachedDevice:
 
     def __repr__(self) -> str:
         return f"<AttachedDevice {self.name} {self.path or self.target or self.configfs}>"
+
+    @asynccontextmanager
+    async def _estate(self) -> AsyncIterator[dict[str, Device]]:
+        """What an upgrade hands over, by `HBA/NAME`; nothing is added to it within the block."""
+        yield {f"{self.hba}/{self.name}": self._server} if self._server else {}
 
     def statistics(self) -> DeviceStatistics:
         """Counters and times since the device is served, and what runs and waits now: see `Device.statistics`."""
@@ -109,6 +115,7 @@ async def attach(
     strict: bool = False,
     ready_within: float = 30.0,
     grace: float = 10.0,
+    _succession: Succession | None = None,
 ) -> AsyncIterator[AttachedDevice]:
     """Makes a disk from a handler, for the length of an `async with` block.
 
@@ -173,7 +180,14 @@ async def attach(
         ring_mb=ring_mb,
         cmd_time_out=cmd_time_out,
     )
-    async with _claimed(shape if adopt else None, handler) as claim, _opened(handler, grace) as slot:
+    inherited = None
+    claiming: Callable[[], _adoption.Claim | None] | None = partial(shape.claim, handler) if adopt else None
+    if _succession is not None:
+        (key,) = _succession.devices
+        inherited = _succession.take(key)
+        assert inherited is not None
+        claiming = partial(shape.inherit, key, inherited.fd)
+    async with _claimed(claiming) as claim, _opened(handler, grace) as slot:
         check(handler)
         backstore = await _blocking(shape.verify, claim.backstore, handler) if claim else None
         if backstore is None:
@@ -188,7 +202,15 @@ async def attach(
                 )
             device = AttachedDevice(handler, backstore, uio, fabric)
             service = _Service(
-                device, slot, backstore, claim, strict=strict, grace=grace, deadline=deadline, copy_domain=copy_domain
+                device,
+                slot,
+                backstore,
+                claim,
+                inherited,
+                strict=strict,
+                grace=grace,
+                deadline=deadline,
+                copy_domain=copy_domain,
             )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(service.run_server, nursery)
@@ -268,6 +290,7 @@ class _Service:
         slot: Slot,
         backstore: _lio.Backstore,
         claim: _adoption.Claim | None,
+        inherited: Inherited | None,
         *,
         strict: bool,
         grace: float,
@@ -280,6 +303,7 @@ class _Service:
         self._slot = slot
         self._backstore = backstore
         self._claim = claim
+        self._inherited = inherited
         self._strict = strict
         self._grace = grace
         self._deadline = deadline
@@ -302,6 +326,7 @@ class _Service:
                     name=self._device.name,
                     wwn=self._device.wwn,
                     claimed=self._claim.fd if self._claim else None,
+                    inherited=self._inherited,
                     strict=self._strict,
                     grace=self._grace,
                     deadline=self._deadline,
@@ -314,7 +339,9 @@ class _Service:
             self.failed = True
             raise
         finally:
-            if self.left:
+            if self._is_anothers:
+                pass
+            elif self.left:
                 with trio.CancelScope(shield=True):
                     await _blocking(_adoption.fence, self._backstore)
             elif not self._no_lun.is_set():
@@ -363,13 +390,19 @@ class _Service:
 
     @property
     def left(self) -> bool:
-        """Whether the device stays for a successor."""
-        return self.leaves and self.failed
+        """Whether the device stays for a successor, or with the predecessor."""
+        return (self.leaves and self.failed) or self._is_anothers
+
+    @property
+    def _is_anothers(self) -> bool:
+        return self._inherited is not None and not self._inherited.is_ours
 
     async def end(self) -> None:
         """Removes the LUN with the server's help, or leaves it to a successor, then ends the server. To be shielded."""
         try:
-            if self.left:
+            if self._is_anothers:
+                pass
+            elif self.left:
                 _log.warning("%s: left in its place, blocked, until it is adopted", self._device.name)
                 await _blocking(_lio.block, self._backstore)
             else:
@@ -431,6 +464,13 @@ class _Shape:
                 raise
         return claim
 
+    def inherit(self, key: str, fd: int) -> _adoption.Claim:
+        """Takes over what the predecessor hands over."""
+        claim = _adoption.inherit(key, fd)
+        if claim.uio.config != _lio.device_config(self._handler, self._config):
+            raise _lio.LioError(f"{claim.uio.config} was handed over, not {self._handler}:{self._config}")
+        return claim
+
     def verify(self, backstore: _lio.Backstore, handler: Handler) -> _lio.Backstore:
         """Refuses a device that is not as it was asked for."""
         wanted: dict[str, object] = {"dev_size": handler.size, "hw_block_size": handler.block_size}
@@ -462,8 +502,10 @@ class _Shape:
 
 
 @asynccontextmanager
-async def _claimed(shape: _Shape | None, handler: Handler) -> AsyncIterator[_adoption.Claim | None]:
-    claim = await _blocking(shape.claim, handler) if shape else None
+async def _claimed(
+    claiming: Callable[[], _adoption.Claim | None] | None,
+) -> AsyncIterator[_adoption.Claim | None]:
+    claim = await _blocking(claiming) if claiming else None
     try:
         yield claim
     finally:
