@@ -119,7 +119,7 @@ def serving(socket: Path, *command: str) -> Iterator[tuple[str, int]]:
         socket.unlink(missing_ok=True)
 
 
-def over_nbd(socket: Path, *command: str) -> Measure:
+def over_nbd(socket: Path, *command: str, size: int = SIZE) -> Measure:
     """Measures a server of others with fio."""
 
     def measure(pattern: str, length: int, depth: int, seconds: float) -> Figure:
@@ -127,7 +127,7 @@ def over_nbd(socket: Path, *command: str) -> Measure:
             before = cpu_of(pid)
             fio = [
                 "fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}", f"--bs={length}",
-                f"--size={SIZE}", f"--iodepth={depth}", "--time_based", f"--runtime={seconds}", "--norandommap",
+                f"--size={size}", f"--iodepth={depth}", "--time_based", f"--runtime={seconds}", "--norandommap",
                 "--output-format=json",
             ]  # fmt: skip
             output = subprocess.run(fio, check=True, capture_output=True, text=True).stdout
