@@ -65,7 +65,7 @@ async def test_nothing_acknowledged_is_lost(
     monkeypatch.setattr(qcow2, "RecordedStorage", Limited)
     image = qcow2.make(tmp_path / "image", SIZE, "-o", "cluster_size=8k,compression_type=zstd")
     medium, random, model = Medium(image), Random(seed), bytearray(SIZE)
-    options = {"compress": compress, "log_size": 1 << 20, "cache_size": 512 << 10, "idle": 0.01}
+    options: dict[str, Any] = {"compress": compress, "log_size": 1 << 20, "cache_size": 512 << 10, "idle": 0.01}
     # The log, and less than half of the disk.
     Limited.capacity = (1 << 20) // BLOCK + random.randrange(300, 1000)
     refused = 0
