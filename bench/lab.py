@@ -1,10 +1,14 @@
 """Disks on the real kernel under fio: ours, tcmu-runner's and LIO's own, in turn in one boot of the lab.
 
-    python -m bench.lab [--quick] [--write] [--only NAME ...]
+    python -m bench.lab [--quick] [--write] [--disk] [--only NAME ...]
+    python -m bench.lab --tunables [--quick] [--write]
 
 The guest runs in emulation, fifteen to twenty times slower than the machine: only the ratios mean something. Debian's
 tcmu-runner has no handler for plain files; its `qcow` handler serves a raw image with `pread` and `pwrite` in C
 threads, and that is what is measured. All files are on the guest's tmpfs, or with `--disk` on ext4 on a virtual disk.
+
+With `--tunables` it is one disk of ours, once as it comes and once with each option of `tcmu-rs attach` that changes
+what the kernel gives it.
 
 Needs the lab (`python -m tests.lab install`); tcmu-runner is downloaded from Debian and unpacked beside its kernel.
 """
@@ -12,6 +16,7 @@ Needs the lab (`python -m tests.lab install`); tcmu-runner is downloaded from De
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import mmap
 import os
@@ -37,6 +42,13 @@ PATTERNS = {
     "write 256K": ("randwrite", 262144, 8),
 }
 PACKAGES = ("tcmu-runner", "libtcmu2", "libnl-3-200", "libnl-genl-3-200")
+TUNABLES = (
+    ("--max-sectors", "256"),
+    ("--max-sectors", "4096"),
+    ("--data-area-mb", "8"),
+    ("--data-pages-per-block", "16"),
+    ("--ring-mb", "1"),
+)
 RIVAL = "tcmu-runner"
 KERNEL = "LIO fileio"
 CORE = Path("/sys/kernel/config/target/core")
@@ -207,6 +219,11 @@ def guest(arguments: argparse.Namespace) -> None:
             f"fd_dev_name={image(directory, 'fileio')},fd_dev_size={SIZE},fd_buffered_io=1",
         ),
     }
+    if arguments.tunables:
+        ram = functools.partial(ours, "ram:", "--size", str(SIZE), "--name")
+        consumers = {"as it comes": functools.partial(ram, "plain")}
+        for number, (option, value) in enumerate(TUNABLES):
+            consumers[f"{option} {value}"] = functools.partial(ram, f"tuned{number}", option, value)
     chosen = {name: make for name, make in consumers.items() if not arguments.only or name in arguments.only}
     with ExitStack() as stack:
         devices = {name: stack.enter_context(make()) for name, make in chosen.items()}
@@ -245,6 +262,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the figures into bench/RESULTS.md")
     parser.add_argument("--only", nargs="*", default=[], help="these consumers")
     parser.add_argument("--disk", action="store_true", help="files on ext4 on a virtual disk, not on tmpfs")
+    parser.add_argument("--tunables", action="store_true", help="one disk of ours, with options of attach")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=None, help="of each run (4; quick: 1.5)")
     parser.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
@@ -260,6 +278,7 @@ def main() -> None:
 
     job = [sys.executable, "-m", "bench.lab", "--guest", "--tcmu-runner", str(fetch_tcmu_runner())]
     job += ["--rounds", str(arguments.rounds), "--seconds", str(arguments.seconds)]
+    job += ["--tunables"] * arguments.tunables
     job += ["--disk"] * arguments.disk + (["--only", *arguments.only] if arguments.only else [])
     with tempfile.TemporaryDirectory() as name:
         disk = Path(name, "disk")
@@ -284,11 +303,12 @@ def main() -> None:
             figures.setdefault(figure["consumer"], {}).setdefault(figure["pattern"], []).append(figure["rate"])
     rows: list[list[object]] = [[name, *(_spread(rates[p]) for p in PATTERNS)] for name, rates in figures.items()]
     text = [conditions, "### Commands per second: median (lowest-highest)", table(["consumer", *PATTERNS], rows)]
-    for other in (RIVAL, KERNEL):
+    for other in (RIVAL, KERNEL, "as it comes"):
         if other in figures and len(figures) > 1:
             rows = [[name, *(_ratio(rates[p], figures[other][p]) for p in PATTERNS)] for name, rates in figures.items()]
             text += [f"### Against {other}: median of the ratios, round by round", table(["consumer", *PATTERNS], rows)]
-    publish("bench.lab" + (" --disk" if arguments.disk else ""), "\n\n".join(text), write=arguments.write)
+    which = " --tunables" * arguments.tunables + " --disk" * arguments.disk
+    publish(f"bench.lab{which}", "\n\n".join(text), write=arguments.write)
 
 
 def _spread(rates: list[float]) -> str:

@@ -80,7 +80,7 @@ def publish(module: str, text: str, *, write: bool) -> None:
     if not write:
         return
     before = RESULTS.read_text()
-    old = re.compile(rf"^## `python -m {re.escape(module)}[` ].*?(?=^## |\Z)", re.M | re.S)
+    old = re.compile(rf"^## `python -m {re.escape(module)}`.*?(?=^## |\Z)", re.M | re.S)
     after, found = old.subn(lambda _: section + "\n", before)
     if not found:
         after = before.rstrip() + "\n\n" + section

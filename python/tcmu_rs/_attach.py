@@ -105,6 +105,8 @@ async def attach(
     allow_network: bool = False,
     max_sectors: int | None = None,
     data_area_mb: int | None = None,
+    data_pages_per_block: int | None = None,
+    ring_mb: int | None = None,
     cmd_time_out: int | None = None,
     deadline: float | None = None,
     copy_domain: CopyDomain | None = None,
@@ -134,6 +136,8 @@ async def attach(
         allow_network: Permit a portal that other machines reach; there is no authentication.
         max_sectors: Largest transfer that initiators are told, in blocks.
         data_area_mb: Memory that commands in flight may fill, MiB.
+        data_pages_per_block: Pages that this memory is taken in: fewer and larger pieces for a handler, and more waste.
+        ring_mb: Memory for the commands themselves, MiB, 8 at most.
         cmd_time_out: Seconds after which the kernel fails a command that was not answered; 0 means never.
         deadline: Seconds after which we cancel a command and answer it as timed out, so that it is sent again; five
             sixths of `cmd_time_out` if None, `math.inf` for never.
@@ -172,6 +176,8 @@ async def attach(
         wwn=wwn,
         max_sectors=max_sectors,
         data_area_mb=data_area_mb,
+        data_pages_per_block=data_pages_per_block,
+        ring_mb=ring_mb,
         cmd_time_out=cmd_time_out,
     )
     inherited = None
@@ -471,7 +477,13 @@ class _Shape:
         limits = dict(self._limits)
         if (sectors := limits.pop("max_sectors")) is not None:
             wanted["hw_max_sectors"] = _lio.whole_pages(sectors, handler.block_size)
-        wanted |= {"max_data_area_mb": limits.pop("data_area_mb"), **limits}
+        names = {
+            "data_area_mb": "max_data_area_mb",
+            "data_pages_per_block": "data_pages_per_blk",
+            "ring_mb": "cmd_ring_size_mb",
+        }
+        # An old kernel does not have them all.
+        wanted |= {names.get(key, key): value for key, value in limits.items() if value is not None}
         wwn = self._wwn or _lio.default_wwn(backstore.name, _lio.device_config(self._handler, self._config))
         _adoption.check_same(backstore, wanted, wwn)
         return backstore
