@@ -286,8 +286,11 @@ def attach(
 @click.option("--replies", is_flag=True, help="Let the kernel wait for us when devices are made: see below.")
 @click.option("--copies", is_flag=True, help="Let initiators copy between the devices.")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
+@click.option("--isolate", is_flag=True, help="One process for each device, started again when it crashes.")
 @click.option("--lock-memory/--no-lock-memory", default=True, show_default=True, help="Keep the server in memory.")
-def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool, lock_memory: bool) -> None:
+def daemon(
+    names: Sequence[str], replies: bool, copies: bool, supervise: bool, isolate: bool, lock_memory: bool
+) -> None:
     """Serve the devices that targetcli and other programs make.
 
     Serves every user-backed device whose configuration begins with one of the HANDLERs (all that are installed, if
@@ -302,6 +305,8 @@ def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool, l
     refused at once. The switch holds for the whole machine, and outlives the daemon: while it is on, whoever makes a
     device that no daemon serves waits for ever.
 
+    With --isolate a device that hangs, crashes or uses up its process does so alone.
+
     With --copies initiators may copy between the devices (EXTENDED COPY). Whoever can write to one of them can then
     read and write all others, too.
 
@@ -311,27 +316,43 @@ def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool, l
       tcmu-rs daemon file --replies
       targetcli /backstores/user:file create disk1 10G /var/tmp/disk.img
     """
-    from . import _daemon, _serving, _supervise
+    from . import _daemon, _isolate, _serving, _supervise
     from ._domain import CopyDomain
 
     handlers = {name: _registry.load(name) for name in names} if names else _installed()
     leash = _supervise.Leash.inherited()
-    if supervise:
+    if isolate and copies:
+        raise click.UsageError("--copies needs all devices in one process, --isolate has one for each")
+    if isolate and leash is None:
+        isolation = _isolate.Isolation(handlers)
+        print(f"serving devices of {', '.join(handlers)}", flush=True)
+        leash = _serving.held(isolation.run(), lambda leash: _daemon.fence_unserved(handlers, leash.key))
+    elif supervise:
         leash = _serving.supervised(leash, "the daemon", lambda _: _daemon.fence_unserved(handlers))
 
     def announce(_: _daemon.Daemon) -> None:
         if leash is not None:
-            leash.tell("ready daemon")
-        if leash is None or leash.first:
+            leash.tell(f"ready {leash.key or 'daemon'}")
+        if leash is None or (leash.first and not isolate):
             print(f"serving devices of {', '.join(handlers)}", flush=True)
 
     copy_domain = CopyDomain() if copies else None
+    only = leash.key if leash is not None and isolate else None
 
     def serving(succession: Any) -> Any:
-        return _daemon.serving(handlers, replies=replies, copy_domain=copy_domain, _succession=succession)
+        return _daemon.serving(handlers, replies=replies, copy_domain=copy_domain, only=only, _succession=succession)
 
     _memory.protect_memory(lock=lock_memory)
-    trio.run(_serving.serve_until_signal, serving, announce, leash)
+    ended = None
+    try:
+        trio.run(_serving.serve_until_signal, serving, announce, leash)
+    except* _daemon.EndedError as group:
+        ended = group
+    if ended is not None:
+        if leash is not None and all(error.removed for error in _daemon.leaves(ended)):
+            leash.tell("stopping")
+            return
+        sys.exit(1)
 
 
 def _installed() -> dict[str, Any]:

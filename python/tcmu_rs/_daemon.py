@@ -12,13 +12,13 @@ import logging
 import os
 from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
-from . import _adoption, _control, _lio, _sysfs
+from . import _adoption, _control, _lio, _native, _sysfs
 from ._domain import CopyDomain
-from ._errors import DeviceError
+from ._errors import DeviceError, DeviceRemovedError
 from ._handler import Handler, Options, check
 from ._netlink import DeviceEvents, Rescan
 from ._runtime import GRACE, serve_uio, verbs
@@ -57,6 +57,18 @@ class _Service:
                 _lio.block(_lio.Backstore(self.uio.name, self.uio.hba, ""))
 
 
+class EndedError(Exception):
+    """The only device of a daemon is no longer served; the reason was logged.
+
+    Attributes:
+        removed: The kernel has removed it.
+    """
+
+    def __init__(self, *, removed: bool) -> None:
+        super().__init__("removed" if removed else "ended")
+        self.removed = removed
+
+
 class Daemon:
     """The devices being served; made by `serve_all`."""
 
@@ -67,12 +79,15 @@ class Daemon:
         grace: float,
         copy_domain: CopyDomain | None,
         succession: Succession | None,
+        only: str | None,
     ) -> None:
         self._handlers = handlers
         self._events = events
         self._grace = grace
         self._succession = succession
         self._copy_domain = copy_domain
+        self._only = only
+        self._only_served = trio.Event()
         self._services: dict[_Key, _Service] = {}
         self._quiet = trio.Lock()
 
@@ -103,13 +118,22 @@ class Daemon:
                 await self._succeed(self._succession, nursery)
             self._rescan(nursery)
             nursery.start_soon(_control.offer, verbs(lambda: self.devices))
+            if self._only is not None:
+                if not self._services:
+                    raise EndedError(removed=True)
+                nursery.start_soon(self._listen, nursery)
+                await self._only_served.wait()
             task_status.started(self)
-            async for event in self._events:
-                async with self._quiet:
-                    if isinstance(event, Rescan):
-                        self._rescan(nursery)
-                    elif (parsed := _sysfs.parse_uio_name(event.name)) and self._handler_of(parsed[2]):
-                        await self._take(event, parsed[:2], nursery)
+            if self._only is None:
+                await self._listen(nursery)
+
+    async def _listen(self, nursery: trio.Nursery) -> None:
+        async for event in self._events:
+            async with self._quiet:
+                if isinstance(event, Rescan):
+                    self._rescan(nursery)
+                elif (parsed := _sysfs.parse_uio_name(event.name)) and self._is_ours(*parsed):
+                    await self._take(event, parsed[:2], nursery)
 
     async def _succeed(self, succession: Succession, nursery: trio.Nursery) -> None:
         """Serves what the predecessor hands over, and looks at nothing else before that one has let go."""
@@ -140,8 +164,11 @@ class Daemon:
 
     def _rescan(self, nursery: trio.Nursery) -> None:
         for uio in _sysfs.scan():
-            if (uio.hba, uio.name) not in self._services and self._handler_of(uio.config):
-                self._start(uio, None, nursery)
+            if (uio.hba, uio.name) not in self._services and self._is_ours(uio.hba, uio.name, uio.config):
+                self._start(uio, _unanswered(uio), nursery)
+
+    def _is_ours(self, hba: int, name: str, config: str) -> bool:
+        return self._handler_of(config) is not None and self._only in (None, f"{hba}/{name}")
 
     def _handler_of(self, config: str) -> type[Handler] | None:
         return self._handlers.get(config.partition("/")[0])
@@ -159,18 +186,23 @@ class Daemon:
     async def _serve(self, service: _Service, event: DeviceEvent | None) -> None:
         """Serves one device; whatever happens to it stays with it."""
         uio = service.uio
+        removed = False
         try:
             with service.scope:
                 await self._open_and_serve(service, event)
         except Exception as group:
             if service.inherited is not None and not service.inherited.is_ours:
                 raise
-            for error in _leaves(group):
+            for error in leaves(group):
+                removed |= isinstance(error, DeviceRemovedError)
                 expected = isinstance(error, OSError | ValueError | TypeError | DeviceError | _lio.LioError)
                 _log.error("%s: not served: %s", uio.name, error, exc_info=None if expected else error)
         finally:
             del self._services[uio.hba, uio.name]
             service.ended.set()
+        if self._only is not None:
+            # Who answers for its removal has been woken up, and cannot be cancelled before it has.
+            raise EndedError(removed=removed or service.removed)
 
     async def _open_and_serve(self, service: _Service, event: DeviceEvent | None) -> None:
         uio = service.uio
@@ -234,6 +266,7 @@ class Daemon:
             async with trio.open_nursery() as nursery:
                 service.device = await nursery.start(self._serve_ring, slot, service, backstore)
                 _log.info("%s: serving %s", uio.name, uio.config)
+                self._only_served.set()
         finally:
             service.device = None
             with trio.move_on_after(self._grace, shield=True):
@@ -271,16 +304,27 @@ async def _serial(backstore: _lio.Backstore) -> str:
     return _lio.default_wwn(backstore.name, "")
 
 
-def _leaves(error: BaseException) -> list[BaseException]:
+def leaves(error: BaseException) -> list[Any]:
+    """The errors of a group, or the error itself."""
     if not isinstance(error, BaseExceptionGroup):
         return [error]
-    return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [leaf for inner in error.exceptions for leaf in leaves(inner)]
 
 
-def fence_unserved(handlers: Container[str]) -> None:
+def _unanswered(uio: UioDevice) -> DeviceEvent | None:
+    """The announcement of a device for whose maker the kernel waits: whoever it was meant for is gone."""
+    path = _lio.Backstore(uio.name, uio.hba, "").path
+    with suppress(OSError, ValueError):
+        if (path / "enable").read_text().strip() == "0":
+            number = int((path / "statistics/scsi_dev/indx").read_text())
+            return _native.DeviceEvent.added(f"tcm-user/{uio.hba}/{uio.name}/{uio.config}", uio.minor, number)
+    return None
+
+
+def fence_unserved(handlers: Container[str], only: str | None = None) -> None:
     """Has the kernel answer "busy" for the devices of these handlers that nobody serves. Blocking."""
     for uio in _sysfs.scan():
-        if uio.config.partition("/")[0] in handlers:
+        if uio.config.partition("/")[0] in handlers and only in (None, f"{uio.hba}/{uio.name}"):
             with suppress(OSError, _lio.LioError):
                 claim = _adoption.Claim(_lio.Backstore(uio.name, uio.hba, ""), uio)
                 try:
@@ -294,6 +338,7 @@ async def serve_all(
     *,
     replies: bool = False,
     grace: float = GRACE,
+    only: str | None = None,
     _succession: Succession | None = None,
     copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
@@ -322,7 +367,7 @@ async def serve_all(
         if replies:
             events.set_features(True)
         _log.debug("process %d serves %s", os.getpid(), ", ".join(handlers))
-        await Daemon(handlers, events, grace, copy_domain, _succession)._run(task_status)
+        await Daemon(handlers, events, grace, copy_domain, _succession, only)._run(task_status)
 
 
 @asynccontextmanager
@@ -332,11 +377,12 @@ async def serving(
     replies: bool = False,
     grace: float = GRACE,
     copy_domain: CopyDomain | None = None,
+    only: str | None = None,
     _succession: Succession | None = None,
 ) -> AsyncIterator[Daemon]:
     """`serve_all` for the length of an `async with` block."""
     serve = functools.partial(
-        serve_all, handlers, replies=replies, grace=grace, copy_domain=copy_domain, _succession=_succession
+        serve_all, handlers, replies=replies, grace=grace, copy_domain=copy_domain, only=only, _succession=_succession
     )
     async with trio.open_nursery() as nursery:
         yield await nursery.start(serve)

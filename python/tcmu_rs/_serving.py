@@ -44,7 +44,11 @@ def supervised(inherited: Leash | None, what: str, hold: Callable[[Leash], None]
         what: What is served, for messages.
         hold: Called in a server that was started again, before it waits or serves: fences the device, or raises.
     """
-    leash = inherited or restarted_by(Keeper(what))
+    return held(inherited or restarted_by(Keeper(what)), hold)
+
+
+def held(leash: Leash, hold: Callable[[Leash], None]) -> Leash:
+    """Fences what a server that crashed has left, and waits as long as the leash says; see `supervised`."""
     if not leash.first and not Succession.is_due():
         hold(leash)
         # Over at once if there is something to hear.

@@ -121,15 +121,23 @@ class Keeper:
         restart: Start a server again that has crashed.
         watch: A descriptor to wait for, too.
         on_watch: Called when it is readable.
+        on_ended: Called with the key of a server that has ended and is not started again.
     """
 
     def __init__(
-        self, what: str, *, restart: bool = True, watch: int = -1, on_watch: Callable[[], None] | None = None
+        self,
+        what: str,
+        *,
+        restart: bool = True,
+        watch: int = -1,
+        on_watch: Callable[[], None] | None = None,
+        on_ended: Callable[[str], None] | None = None,
     ) -> None:
         self._what = what
         self._restart = restart
         self._watch = watch
         self._on_watch = on_watch
+        self._on_ended = on_ended
         self._servers: dict[str, _Server] = {}
         self._ending = False
         self._outdated = False
@@ -138,9 +146,10 @@ class Keeper:
         self._score = ""
         self._awake: tuple[socket.socket, socket.socket] | None = None
 
-    def add(self, key: str = "") -> None:
-        """Has a server started, unless it is there."""
-        self._servers.setdefault(key, _Server(key))
+    def add(self, key: str = "") -> bool:
+        """Has a server started; false if it is there."""
+        new = _Server(key)
+        return self._servers.setdefault(key, new) is new
 
     def send(self, key: str, number: int) -> None:
         """Passes a signal on to a server, if it is there."""
@@ -281,7 +290,10 @@ class Keeper:
         asked = server.stopping or self._ending or code == 0
         if asked or not server.name or not self._restart:
             del self._servers[server.key]
-            self._code = code if code >= 0 else 128 - code
+            if self._watch < 0:
+                self._code = code if code >= 0 else 128 - code
+            if self._on_ended is not None and not self._ending:
+                self._on_ended(server.key)
             return
         if server.ready and time.monotonic() - server.since > _FORGIVEN_AFTER:
             server.crashes = 0
