@@ -324,7 +324,7 @@ def daemon(
     if isolate and copies:
         raise click.UsageError("--copies needs all devices in one process, --isolate has one for each")
     if isolate and leash is None:
-        isolation = _isolate.Isolation(handlers)
+        isolation = _isolate.Isolation(handlers, replies=replies)
         print(f"serving devices of {', '.join(handlers)}", flush=True)
         leash = _serving.held(isolation.run(), lambda leash: _daemon.fence_unserved(handlers, leash.key))
     elif supervise:

@@ -19,14 +19,17 @@ class Isolation:
 
     Args:
         handlers: Names of the handlers.
+        replies: Let the kernel wait until a new device is served, or refused.
 
     Raises:
         FileNotFoundError: The kernel module `target_core_user` is not loaded.
     """
 
-    def __init__(self, handlers: Container[str]) -> None:
+    def __init__(self, handlers: Container[str], *, replies: bool) -> None:
         self._handlers = handlers
         self._socket = NetlinkSocket()
+        if replies:
+            self._socket.set_features(True)
         self._again: set[str] = set()
         self._keeper = Keeper("the daemon", watch=self._socket.fileno(), on_watch=self._read, on_ended=self._look_again)
 

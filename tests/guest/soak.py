@@ -48,7 +48,7 @@ async def main(image):
         print(device.path, flush=True)
         while True:
             with trio.move_on_after(0.7):
-                await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
+                await trio.lowlevel.wait_readable(sys.stdin)
                 break
             await device.replace(FileHandler(image))
             swaps += 1
