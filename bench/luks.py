@@ -1,11 +1,14 @@
-"""LUKS side by side on one file: ours on the simulator, `qemu-nbd` and nbdkit's luks filter over NBD, driven by fio.
+"""LUKS side by side: ours on the simulator, `qemu-nbd` and nbdkit's luks filter over NBD, in turn, in one run.
 
-    python -m bench.luks [--seconds 3] [--directory /var/tmp]
+    python -m bench.luks [--seconds 1] [--rounds 3] [--quick] [--directory /var/tmp]
 
-**The transports differ.** Ours is driven through the simulated ring by a generator in the same Python process, whose
-own time is in the figures; the peers by fio through a Unix socket. So the column to compare first is the processor time
-per command: for the peers that of the server alone, for ours that of everything. Rows of 512-byte sectors are the same
-LUKS1 file for all; 4096-byte sectors are what only LUKS2 has, and most of the difference.
+**The transports differ.** Ours is driven through the simulated ring by a generator in the same Python process, on one
+core; the peers by fio through a Unix socket, on as many cores as there are. So the column to compare first is the
+processor time per command: for the peers that of the server alone, for ours that of everything, generator and
+simulator too. The rows without encryption tell what each transport costs by itself.
+
+Rows of 512-byte sectors named LUKS1 are the same file for all. Sectors of 4096 bytes are what only LUKS2 has, and the
+peers only know LUKS1.
 
 Needs fio with its nbd engine, qemu-utils and nbdkit; without them only ours is measured.
 """
@@ -24,24 +27,51 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import trio
 
-from tcmu_rs import BlockHandler
+from tcmu_rs import BlockHandler, IoVec
 from tcmu_rs.handlers.file import FileHandler
 from tcmu_rs.handlers.luks import LuksHandler, format_luks
 from tcmu_rs.handlers.luks.kdf import Pbkdf2
 from tcmu_rs.testing import simulated
 
+from .conditions import conditions
+
 SIZE = 256 << 20
 KEY = b"bench"
 PATTERNS = (("randread", 4096, 32), ("randwrite", 4096, 32), ("randread", 262144, 8), ("randwrite", 262144, 8))
-ROUNDS = 3
 
 Figure = tuple[float, float]
 """Commands per second; microseconds of processor time per command."""
+Measure = Callable[[str, int, int, float], Figure]
+
+OURS, SAME = "ours, LUKS2, 4096-byte sectors", "ours, LUKS1"
+QEMU, NBDKIT = "qemu-nbd, LUKS1", "nbdkit luks, LUKS1"
+TARGETS = (
+    # What, against what, and by how much the rate is to be higher, in the order of `PATTERNS`.
+    (OURS, QEMU, (4.0, 3.0, 5.0, 5.0)),
+    (OURS, NBDKIT, (2.0, 1.8, 2.5, 2.5)),
+    (SAME, QEMU, (2.0, 2.0, 2.0, 2.0)),
+    (SAME, NBDKIT, (1.0, 1.0, 1.0, 1.0)),
+)
+
+
+class Null(BlockHandler):
+    """Stores nothing: what is left is the transport."""
+
+    fills_reads = True
+    max_in_flight = 32
+    block_size = 4096
+    size = SIZE
+
+    async def read(self, offset: int, iov: IoVec) -> None:
+        pass
+
+    async def write(self, offset: int, iov: IoVec) -> None:
+        pass
 
 
 async def ours(handler: BlockHandler, pattern: str, length: int, depth: int, seconds: float) -> Figure:
@@ -69,11 +99,14 @@ async def ours(handler: BlockHandler, pattern: str, length: int, depth: int, sec
         return done / (time.perf_counter() - start), (time.process_time() - cpu) / done * 1e6
 
 
+def on_simulator(make: Callable[[], BlockHandler]) -> Measure:
+    """Measures a handler of ours."""
+    return lambda pattern, length, depth, seconds: trio.run(ours, make(), pattern, length, depth, seconds)
+
+
 @contextmanager
-def serving(directory: Path, *command: str) -> Iterator[tuple[str, int]]:
+def serving(socket: Path, *command: str) -> Iterator[tuple[str, int]]:
     """Runs a server of NBD, and yields its URI and process."""
-    socket = directory / "socket"
-    socket.unlink(missing_ok=True)
     process = subprocess.Popen([word.replace("SOCKET", str(socket)) for word in command])
     try:
         while not socket.exists():
@@ -83,19 +116,25 @@ def serving(directory: Path, *command: str) -> Iterator[tuple[str, int]]:
     finally:
         process.terminate()
         process.wait()
+        socket.unlink(missing_ok=True)
 
 
-def theirs(uri: str, pid: int, seconds: float, pattern: str, length: int, depth: int) -> Figure:
-    """Runs a pattern with fio."""
-    before = cpu_of(pid)
-    command = [
-        "fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}", f"--bs={length}", f"--size={SIZE}",
-        f"--iodepth={depth}", "--time_based", f"--runtime={seconds}", "--randrepeat=1", "--norandommap",
-        "--output-format=json",
-    ]  # fmt: skip
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    job = json.loads(output[output.index("{") :])["jobs"][0]["read" if pattern == "randread" else "write"]
-    return job["iops"], (cpu_of(pid) - before) / job["total_ios"] * 1e6
+def over_nbd(socket: Path, *command: str) -> Measure:
+    """Measures a server of others with fio."""
+
+    def measure(pattern: str, length: int, depth: int, seconds: float) -> Figure:
+        with serving(socket, *command) as (uri, pid):
+            before = cpu_of(pid)
+            fio = [
+                "fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}", f"--bs={length}",
+                f"--size={SIZE}", f"--iodepth={depth}", "--time_based", f"--runtime={seconds}", "--norandommap",
+                "--output-format=json",
+            ]  # fmt: skip
+            output = subprocess.run(fio, check=True, capture_output=True, text=True).stdout
+            job = json.loads(output[output.index("{") :])["jobs"][0]["read" if pattern == "randread" else "write"]
+            return job["iops"], (cpu_of(pid) - before) / job["total_ios"] * 1e6
+
+    return measure
 
 
 def cpu_of(pid: int) -> float:
@@ -104,81 +143,107 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def report(name: str, measure: Callable[[str, int, int], Figure]) -> None:
-    """Measures every pattern and prints a row."""
-    cells = []
-    for pattern, length, depth in PATTERNS:
-        figures = [measure(pattern, length, depth) for _ in range(ROUNDS)]
-        rate = statistics.median(figure[0] for figure in figures)
-        shown = f"{rate / 1000:.1f} k/s" if length == 4096 else f"{rate * length / 1e6:.0f} MB/s"
-        cells.append(f"{shown} ({min(figure[1] for figure in figures):.1f} µs)")
-    print(f"| {name} | {' | '.join(cells)} |", flush=True)
-
-
-def main() -> None:
-    """Measures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--directory", default="/var/tmp")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
-        measure_in(Path(name), arguments.seconds)
-
-
-def measure_in(directory: Path, seconds: float) -> None:
-    """Measures with files in a directory."""
-    secret, luks1 = directory / "secret", directory / "luks1"
+def servers(directory: Path) -> dict[str, Measure]:
+    """Makes the images, all of them filled, and what serves them."""
+    secret, luks1, raw = directory / "secret", directory / "luks1", directory / "raw"
     secret.write_bytes(KEY)
-    heading = " | ".join(f"{pattern} {length >> 10}K, depth {depth}" for pattern, length, depth in PATTERNS)
-    print(f"| server | {heading} |\n|{' --- |' * (len(PATTERNS) + 1)}")
+    raw.write_bytes(os.urandom(SIZE))
 
-    def row(name: str, path: Path) -> None:
-        # The page cache has all of it, for every server alike.
-        path.read_bytes()
+    def luks(path: Path) -> BlockHandler:
+        return LuksHandler(FileHandler(path), lambda _: KEY)
 
-        def measure(pattern: str, length: int, depth: int) -> Figure:
-            return trio.run(ours, LuksHandler(FileHandler(path), lambda _: KEY), pattern, length, depth, seconds)
-
-        report(name, measure)
-
+    found = {
+        "ours, no storage": on_simulator(Null),
+        "ours, file, not encrypted": on_simulator(lambda: FileHandler(raw, block_size=4096)),
+    }
     for sector_size in (4096, 512):
         path = directory / f"luks2-{sector_size}"
         with path.open("wb") as file:
             file.truncate((16 << 20) + SIZE)
         make = functools.partial(format_luks, kdf=Pbkdf2("sha256", 1000, b""), sector_size=sector_size)
         trio.run(make, FileHandler(path), [KEY])
-        fill(path)
-        row(f"ours, LUKS2, {sector_size}-byte sectors", path)
-        path.unlink()
+        fill(luks(path))
+        found[f"ours, LUKS2, {sector_size}-byte sectors"] = on_simulator(functools.partial(luks, path))
     if missing := [program for program in ("qemu-img", "qemu-nbd", "nbdkit", "fio") if shutil.which(program) is None]:
-        print(f"not measured, as there is no {' and no '.join(missing)}: the peers")
-        return
+        print(f"not measured, as there is no {' and no '.join(missing)}: the peers\n")
+        return found
     objects = ["--object", f"secret,id=s,file={secret}"]
     options = "key-secret=s,iter-time=10,cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64"
     subprocess.run(["qemu-img", "create", "-q", "-f", "luks", *objects, "-o", options, luks1, str(SIZE)], check=True)
-    fill(luks1)
-    row("ours, LUKS1", luks1)
+    fill(luks(luks1))
+    found[SAME] = on_simulator(functools.partial(luks, luks1))
     image = f"driver=luks,key-secret=s,file.filename={luks1}"
-    servers = {
-        "qemu-nbd, LUKS1": ["qemu-nbd", "-t", "-k", "SOCKET", *objects, "--image-opts", image],
-        "nbdkit luks, LUKS1": [
-            "nbdkit", "-f", "-U", "SOCKET", "--filter=luks", "file", str(luks1), f"passphrase=+{secret}"
-        ],
-    }  # fmt: skip
-    for name, command in servers.items():
-        with serving(directory, *command) as (uri, pid):
-            report(name, functools.partial(theirs, uri, pid, seconds))
+    socket = directory / "socket"
+    kit = ["nbdkit", "-f", "-U", "SOCKET"]
+    found["nbdkit, no storage"] = over_nbd(socket, *kit, "null", str(SIZE))
+    found["nbdkit, file, not encrypted"] = over_nbd(socket, *kit, "file", str(raw))
+    found[NBDKIT] = over_nbd(socket, *kit, "--filter=luks", "file", str(luks1), f"passphrase=+{secret}")
+    found[QEMU] = over_nbd(socket, "qemu-nbd", "-t", "-k", "SOCKET", *objects, "--image-opts", image)
+    return found
 
 
-def fill(path: Path) -> None:
+def fill(handler: BlockHandler) -> None:
     """Makes every block of the data real, through the encryption."""
 
     async def write() -> None:
-        async with simulated(LuksHandler(FileHandler(path), lambda _: KEY), checks=False) as disk:
+        async with simulated(handler, checks=False) as disk:
             for offset in range(0, disk.size, 1 << 20):
                 await disk.write(offset, os.urandom(1 << 20))
 
     trio.run(write)
+
+
+def report(figures: dict[str, list[list[Figure]]]) -> None:
+    """Prints the table, and how far the targets are met."""
+    heading = " | ".join(f"{pattern} {length >> 10}K, depth {depth}" for pattern, length, depth in PATTERNS)
+    print(f"| server | {heading} |\n|{' --- |' * (len(PATTERNS) + 1)}")
+    summary: dict[str, list[Figure]] = {}
+    for name, rounds in figures.items():
+        summary[name] = [
+            (statistics.median(figure[0] for figure in each), min(figure[1] for figure in each))
+            for each in zip(*rounds, strict=True)
+        ]
+        cells = []
+        for (rate, cpu), (_, length, _) in zip(summary[name], PATTERNS, strict=True):
+            shown = f"{rate / 1000:.1f} k/s" if length == 4096 else f"{rate * length / 1e6:.0f} MB/s"
+            cells.append(f"{shown} ({cpu:.1f} µs)")
+        print(f"| {name} | {' | '.join(cells)} |")
+    if QEMU not in summary:
+        return
+    print(f"\n| rate: times as fast, and the target; processor time: parts of | {heading} |")
+    print(f"|{' --- |' * (len(PATTERNS) + 1)}")
+    for one, other, targets in TARGETS:
+        cells = []
+        for (rate, cpu), (their_rate, their_cpu), target in zip(summary[one], summary[other], targets, strict=True):
+            ratio = rate / their_rate
+            shown = f"{ratio:.1f} (≥ {target:g})" if ratio >= target else f"**{ratio:.1f}** (missed: ≥ {target:g})"
+            cells.append(f"{shown}; {cpu / their_cpu:.2f}")
+        print(f"| {one} / {other} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Measures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each figure")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round of 0.3 seconds each")
+    parser.add_argument("--directory", default="/var/tmp")
+    arguments = parser.parse_args()
+    seconds, rounds = (0.3, 1) if arguments.quick else (arguments.seconds, arguments.rounds)
+    for name, value in conditions().items():
+        print(f"- {name}: {value}")
+    print(
+        f"- {rounds} rounds of {seconds:g} s: median of the rates, lowest processor time; image of {SIZE >> 20} MiB\n"
+    )
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.directory)))
+        found = servers(directory)
+        figures: dict[str, list[list[Figure]]] = {name: [] for name in found}
+        # In turn, so that what else the machine does meets all of them.
+        for _ in range(rounds):
+            for name, measure in found.items():
+                figures[name].append([measure(*pattern, seconds) for pattern in PATTERNS])
+        report(figures)
 
 
 if __name__ == "__main__":

@@ -345,6 +345,34 @@ async def colour(name: str, make: type[Memory], rounds: int) -> list[Row]:
     return rows
 
 
+async def timing(rounds: int) -> list[Row]:
+    """What it costs to time commands: the same reads with and without, in turns in one process."""
+    rows = []
+    for name, make in (("def", Plain), ("async def", Async)):
+        for depth in (1, 32):
+            kernel = _native.Simulator(checks=False)
+            initiator = Initiator(kernel, depth)
+            blocks = [index * 7 % BLOCKS for index in range(COMMANDS // 4)]
+            watches: dict[bool, list[Stopwatch]] = {True: [], False: []}
+            async with trio.open_nursery() as nursery:
+                device: Device = await nursery.start(serve, make(), kernel)
+                for turn in range(4 * rounds + 2):
+                    # Who comes first takes turns, too: the machine gets slower and faster meanwhile.
+                    on = (turn + turn // 2) % 2 == 0
+                    device._ring.set_timing(on)
+                    watch = Stopwatch()
+                    await initiator.run(blocks, write=False, watch=watch)
+                    watches[on].append(watch)
+                device.stop()
+            for on, word in ((False, "untimed"), (True, "timed")):
+                rows.append(row(f"{name}: read 4 KiB, depth {depth}, {word}", watches[on][1:], len(blocks)))
+            ratios = [timed.cpu / untimed.cpu for timed, untimed in zip(watches[True], watches[False], strict=True)]
+            cost = [1000 * (ratio - 1) for ratio in ratios[1:]]
+            middle = statistics.median(cost)
+            rows.append(Row(f"{name}: share of timing at depth {depth}", "‰", middle, min(cost), max(cost)))
+    return rows
+
+
 def resident(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -397,6 +425,7 @@ async def measure(rounds: int) -> list[Row]:
     rows += layers(rounds)
     for name, make in COLOURS:
         rows += await colour(name, make, rounds)
+    rows += await timing(rounds)
     return rows
 
 

@@ -226,6 +226,7 @@ def test_the_doctor_finds_each_thing(tmp_path: Path) -> None:
         "target",
         "device nodes",
         "reservations",
+        "memory",
     }
     assert remedies["reservations"] == "mkdir -p /var/target/pr"
     assert remedies["configfs"] == "mount -t configfs none /sys/kernel/config"
@@ -241,6 +242,25 @@ def test_the_doctor_looks_for_reservations_where_the_loaded_module_does(tmp_path
     assert lacking(tmp_path)["reservations"] == "mkdir -p /var/target/pr"
     (tmp_path / "var/target/pr").mkdir(parents=True)
     assert "reservations" not in lacking(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["disk", "partition", "mapping", "other"])
+def test_the_doctor_warns_of_swap_on_a_disk_that_user_space_serves(tmp_path: Path, what: str) -> None:
+    make_machine(tmp_path)
+    disk = tmp_path / "sys/devices/sda"
+    (disk / "device").mkdir(parents=True)
+    (disk / "device/vendor").write_text("ATA     \n" if what == "other" else "tcmu-rs \n")
+    (disk / "sda1").mkdir()
+    (tmp_path / "sys/devices/dm-0/slaves").mkdir(parents=True)
+    (tmp_path / "sys/devices/dm-0/slaves/sda1").symlink_to(disk / "sda1")
+    (tmp_path / "sys/class/block").mkdir(parents=True)
+    for name, place in (("sda", "sda"), ("sda1", "sda/sda1"), ("dm-0", "dm-0")):
+        (tmp_path / "sys/class/block" / name).symlink_to(tmp_path / "sys/devices" / place)
+    name = {"disk": "sda", "partition": "sda1", "mapping": "dm-0", "other": "sda1"}[what]
+    swaps = "Filename Type Size Used Priority\n/dev/{} partition 1024 0 -2\n"
+    (tmp_path / "proc/swaps").write_text(swaps.format(name))
+    remedy = lacking(tmp_path).get("swap")
+    assert remedy == (None if what == "other" else f"swapoff /dev/{name}, and swap to another disk")
 
 
 def test_the_doctor_knows_a_module_that_has_to_be_loaded(tmp_path: Path) -> None:
@@ -260,3 +280,11 @@ def test_errors_of_a_group_make_one_line() -> None:
         "KeyError: 'two' (`tcmu-rs --debug ...` shows where)",
         "five",
     ]
+
+
+def test_what_a_handler_takes_is_told() -> None:
+    told = run("handlers", "luks").stdout
+    assert "-o key-file=PATH" in told and "lets whoever sees the file see" in told
+    assert "tcmu-rs create luks:CONFIG" in told and "-o version=1" in told
+    assert "tcmu-rs create" not in run("handlers", "ram").stdout
+    assert "no handler 'nothing'" in run("handlers", "nothing").stderr

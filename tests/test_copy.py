@@ -124,7 +124,13 @@ class Mapped(Thin):
         return found
 
 
-SOURCES, TARGETS = (Disk, Mapped), (Disk, Thin, Zeroing)
+class MappedZeroing(Zeroing):
+    """Knows which of its blocks are empty, and cannot be trusted to read as zeroes there."""
+
+    extents = Mapped.extents
+
+
+SOURCES, TARGETS = (Disk, Mapped, MappedZeroing), (Disk, Thin, Zeroing, Mapped, MappedZeroing)
 
 
 def content(seed: int, size: int) -> bytes:
@@ -166,7 +172,7 @@ def test_the_target_reads_as_the_source(
     size = -(-size // blocks[0]) * blocks[0]
     data = content(seed, size)
     room = -(-size // blocks[1]) * blocks[1] + more * blocks[1]
-    # A fresh disk that reads as noise is one whose holes are encrypted.
+    # A fresh disk that reads as noise is one whose holes are encrypted, or that has another one behind it.
     before = bytes(room) if fresh and target is Thin else random.Random(seed).randbytes(room)
     onto = target(before, block_size=blocks[1], depth=depths[1])
     from_ = source(data, block_size=blocks[0], depth=depths[0])

@@ -22,6 +22,7 @@ READ_ERROR, WRITE_ERROR = (0x3, 0x11, 0x00), (0x3, 0x0C, 0x00)
 WRITE_PROTECTED, NO_SPACE = (0x7, 0x27, 0x00), (0x7, 0x27, 0x07)
 NO_MEDIUM = (0x2, 0x3A, 0x00)
 BUG = (0x4, 0x44, 0x00)
+UNIT_FAILED = (0x4, 0x3E, 0x01)
 
 Raise = Callable[[], BaseException]
 
@@ -67,6 +68,11 @@ def errno_table() -> list[tuple[int, int, tuple[int, int, int] | None, int, tupl
         (errno.EAGAIN, BUSY, None, BUSY, None),
         (errno.EBUSY, BUSY, None, BUSY, None),
         (errno.ETIMEDOUT, BUSY, None, BUSY, None),
+        (errno.EMFILE, BUSY, None, BUSY, None),
+        (errno.ENFILE, BUSY, None, BUSY, None),
+        (errno.ENODEV, check, UNIT_FAILED, check, UNIT_FAILED),
+        (errno.ENXIO, check, UNIT_FAILED, check, UNIT_FAILED),
+        (errno.ESTALE, check, UNIT_FAILED, check, UNIT_FAILED),
         (errno.ENOMEM, TASK_SET_FULL, None, TASK_SET_FULL, None),
         (errno.EBADF, check, BUG, check, BUG),
         (errno.EINVAL, check, BUG, check, BUG),

@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.kdf import argon2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
 
 from tcmu_rs import AesXts, IoVec, Options, ScsiError, _cli
 from tcmu_rs.handlers.file import FileHandler
@@ -30,7 +31,8 @@ from tcmu_rs.handlers.luks import LuksError, LuksHandler, WrongPassphraseError, 
 from tcmu_rs.handlers.luks.container import parse_header
 from tcmu_rs.handlers.luks.handler import STAGE
 from tcmu_rs.handlers.luks.volume import Volume
-from tcmu_rs.testing import simulated
+from tcmu_rs.testing import check_block_handler, simulated
+from tcmu_rs.testing.model import BlockMachine
 
 from .luks import CHEAP, OFFSET, PASSPHRASE, Memory, container, key, make_cheap
 
@@ -684,6 +686,34 @@ async def test_a_transfer_larger_than_the_buffer() -> None:
         assert part == data[512:-512]
 
 
+GEOMETRIES = pytest.mark.parametrize(
+    ("sector_size", "block_size", "lower_block"),
+    [(4096, 4096, 512), (4096, 512, 512), (512, 512, 512), (512, 512, 4096), (2048, 1024, 4096)],
+)
+
+
+@GEOMETRIES
+async def test_the_kit_of_obligations(sector_size: int, block_size: int, lower_block: int) -> None:
+    memory = Memory(bytearray(_container(MIB, sector_size)), block_size=lower_block)
+    make = functools.partial(LuksHandler, memory, key, block_size=block_size, allow_discards=True)
+    await check_block_handler(make, persistent=True)
+
+
+@GEOMETRIES
+def test_the_disk_is_like_the_model(sector_size: int, block_size: int, lower_block: int) -> None:
+    class Machine(BlockMachine):
+        persistent = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = Memory(bytearray(_container(64 * 4096, sector_size)), block_size=lower_block)
+
+        def make_handler(self) -> LuksHandler:
+            return LuksHandler(self.memory, key, block_size=block_size)
+
+    run_state_machine_as_test(Machine, settings=settings(max_examples=5, stateful_step_count=20, deadline=None))
+
+
 async def test_what_the_disk_can_follows_from_what_is_below() -> None:
     size = 64 << 10
     memory = Memory(bytearray(_container(size, 4096)))
@@ -894,7 +924,7 @@ def filled(tmp_path: Path, config: str, *options: str) -> bytes:
 
 
 def opened_again(tmp_path: Path, config: str, *options: str) -> LuksHandler:
-    only_create = ("iter-time", "version", "key-size", "label", "sector-size")
+    only_create = ("iter-time", "version", "key-size", "label", "sector-size", "cluster-size")
     pairs = [text.split("=", 1) for text in (f"key-file={tmp_path / 'key'}", *options)]
     extra = {name: value for name, value in pairs if name.removeprefix("lower.") not in only_create}
     return LuksHandler.from_config(config, Options(extra=extra))
@@ -949,6 +979,16 @@ def test_on_another_handler(tmp_path: Path, cheap: None) -> None:
     assert trio.run(contents, below)[:6] == b"LUKS\xba\xbe"
     found = run("info", f"luks:luks:{path}", "-o", f"lower.key-file={other}", "--json")
     assert json.loads(found.stdout)["sector size"] == 4096
+
+
+@pytest.mark.parametrize("below", ["qcow2", "zstd"])
+def test_on_an_image(tmp_path: Path, below: str, cheap: None) -> None:
+    config = f"{below}:{tmp_path / 'image'}"
+    data = filled(tmp_path, config, "iter-time=1", "lower.cluster-size=16K")
+    assert trio.run(contents, opened_again(tmp_path, config)) == data
+    assert (tmp_path / "image").read_bytes()[:4] == b"QFI\xfb"
+    found = json.loads(run("info", f"luks:{config}", "--json").stdout)
+    assert (found["data offset"], found["data size"]) == (OFFSET, MIB)
 
 
 def test_a_file_that_is_named_like_a_handler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cheap: None) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from tcmu_rs import IoVec, Options
 from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, ZstdHandler, create
 from tcmu_rs.testing import check_block_handler
+
+from .conftest import Log
 
 MIB = 1 << 20
 
@@ -258,3 +263,114 @@ async def test_an_image_in_use_is_refused(tmp_path: Path) -> None:
     async with Qcow2Handler(path):
         with pytest.raises(BlockingIOError, match="in use"):
             await contents(path)
+
+
+async def test_discarded_space_is_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, 64 * MIB)
+    async with Qcow2Handler(path, idle=0.01) as disk:
+        data = random.Random(1).randbytes(8 * MIB)
+        for at in range(0, 32 * MIB, len(data)):
+            await disk.write(at, IoVec([data]))
+        await disk.write(40 * MIB, IoVec([b"end" * 21845 + b"!"]))
+        await disk.flush()
+        full = path.stat().st_blocks * 512
+        await disk.discard(0, 32 * MIB)
+        for _ in range(3000):
+            if path.stat().st_blocks * 512 <= full - 28 * MIB:
+                break
+            await trio.sleep(0.01)
+        else:
+            pytest.fail("it is not given back while the disk is idle")
+    assert path.stat().st_blocks * 512 < MIB
+    check(path)
+    assert raw(path)[40 * MIB :].startswith(b"endend")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 12 MiB."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(mount)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small tmpfs cannot be mounted: {mounted.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+async def test_a_full_file_system(small: Path, tmp_path: Path, log: Log, compress: bool) -> None:
+    """A write that finds no space fails; none that was taken is lost, and after a discard there is space again."""
+    rng = random.Random(1)
+    path = small / "disk.qcow2"
+    create(path, 64 * MIB, cluster_size=8192 if compress else 65536)
+    model = bytearray(64 * MIB)
+    refused = 0
+    async with Qcow2Handler(path, compress=compress, idle=None, log_size=MIB) as disk:
+
+        async def fill(count: int) -> int:
+            failed = 0
+            for number in range(count):
+                offset = rng.randrange(0, 64 * MIB, 65536)
+                data = rng.randbytes(65536)
+                try:
+                    await disk.write(offset, IoVec([data]))
+                    model[offset : offset + 65536] = data
+                    if number % 16 == 0:
+                        await disk.flush()
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC, error
+                    failed += 1
+                    # Parts of the command may be there.
+                    found = bytearray(65536)
+                    await disk.read(offset, IoVec([found]))
+                    model[offset : offset + 65536] = found
+            return failed
+
+        refused = await fill(250)
+        assert refused
+        await disk.flush()
+        await disk.discard(0, 32 * MIB)
+        model[: 32 * MIB] = bytes(32 * MIB)
+        await disk.flush()
+        again = await fill(20)
+        assert again < 20
+        await disk.flush()
+        found = bytearray(64 * MIB)
+        await disk.read(0, IoVec([found]))
+        assert found == model
+    # The tasks in the background may have told of it.
+    log.records.clear()
+    check(path)
+    shutil.copy(path, tmp_path / "copy")
+    assert raw(tmp_path / "copy") == model
+
+
+async def test_a_burst_of_small_writes_compresses_each_cluster_once(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, MIB, cluster_size=65536)
+    async with Qcow2Handler(path, compress=True, idle=None) as disk:
+        assert disk.statistics() == {}
+        for at in range(0, 131072, 4096):
+            await disk.write(at, IoVec([bytes([1 + at // 4096]) * 4096]))
+        await disk.flush()
+        found = disk.statistics()
+        assert (found["misses"], found["hits"], found["destaged"], found["commits"]) == (2, 30, 0, 1)
+    check(path)
+
+
+async def test_flushes_that_wait_share_one_record(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, MIB)
+    async with Qcow2Handler(path, idle=None) as disk:
+
+        async def write_and_flush(at: int) -> None:
+            await disk.write(at, IoVec([b"x" * 4096]))
+            await disk.flush()
+
+        async with trio.open_nursery() as nursery:
+            for at in range(0, MIB, 32768):
+                nursery.start_soon(write_and_flush, at)
+        assert disk.statistics()["commits"] <= 4

@@ -141,13 +141,13 @@ class LuksHandler(BlockHandler):
     async def create(cls, config: str, options: Options) -> LuksHandler:
         """Makes a file, or another handler's storage, with an empty container; what is there already is left alone.
 
-        Options are those of `from_config`, `-o key-file-2=PATH` and so on for more keyslots, `-o sector-size=512` for
-        another size of encryption sectors than 4096, `-o iter-time=MS` for how long one guess of the passphrase shall
-        take here (1500), `-o key-size=256` for AES-128 instead of AES-256, `-o label=TEXT`, and `-o version=1` for
-        LUKS1. With `-o header=PATH` the header is made there, and the data has all of the other file.
-
-        The handler that is returned has the key already: it asks for no passphrase when it is opened.
+        Options are those of a container that is there, and: `-o key-file-2=PATH` and so on for more keyslots, `-o
+        sector-size=512` for another size of encryption sectors than 4096, `-o iter-time=MS` for how long one guess of
+        the passphrase shall take here (1500), `-o key-size=256` for AES-128 instead of AES-256, `-o label=TEXT`, and
+        `-o version=1` for LUKS1. With `-o header=PATH` the header is made there, and the data has all of the other
+        file.
         """
+        # What is returned has the key already, so that nobody is asked for a new passphrase twice.
         if options.block_size is not None:
             raise ValueError("a container has no logical blocks: choose -o sector-size, or --block-size at attach")
         if options.size is None:

@@ -121,15 +121,16 @@ class Changes:
             self.extents.pop(offset, None)
             for host in range(offset >> self._bits, ((offset + length - 1) >> self._bits) + 1):
                 if not self.refcounts.add(host, -1) and not self._space.knows(host << self._bits):
-                    self._drop_cluster(host << self._bits)
+                    self.drop_cluster(host << self._bits)
             if cluster < self.scanned or offset >= self.scan_stop:
                 self.dropped.append((offset, length))
         elif entry & OFFSET:
             host = self._tables.host(entry)
             if not self.refcounts.add(host >> self._bits, -1):
-                self._drop_cluster(host)
+                self.drop_cluster(host)
 
-    def _drop_cluster(self, offset: int) -> None:
+    def drop_cluster(self, offset: int) -> None:
+        """A host cluster has no users any more."""
         self.dropped.append((offset, 0))
         self.pending.add(offset)
 

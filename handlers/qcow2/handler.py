@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ import trio
 
 from tcmu_rs import BlockHandler, ExtentState, IoVec, Options, WriteProtected
 
-from . import tools
+from . import offline, tools
+from .branching import Branching
 from .chain import open_image
 from .image import Image, Kind
 from .pages import Cold
+from .snapshots import read_snapshots
 from .storage import Storage
 from .writer import CACHE, IDLE, Writer
 
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 _PATIENCE = 64
 """How often a read is tried again after what it lacked was brought into memory."""
 _MAX_EXTENTS = 256
+_LEVELS = (9, 22)
+"""The highest levels of zlib and zstd."""
+_LARGE = 128 << 10
+"""Bytes of a read that is worth a thread."""
 
 
 class Qcow2Handler(BlockHandler):
@@ -43,6 +50,9 @@ class Qcow2Handler(BlockHandler):
         cache_size: Bytes of dirty clusters that are kept in memory.
         log_size: Bytes of the log, while the image is open; by default it goes with the size of the disk.
         idle: Seconds without a write after which everything is written back; None for never.
+
+    Attributes:
+        was_replayed: `open` found a log, of an image that was not closed, and has replayed it.
 
     Raises:
         Qcow2Error: From `open`: it is no image, damaged, not supported, or names what it must not.
@@ -85,6 +95,7 @@ class Qcow2Handler(BlockHandler):
         self._writing: dict[str, Any] = {"cache_size": cache_size, "log_size": log_size, "idle": idle}
         self._image: Image | None = None
         self._writer: Writer | None = None
+        self.was_replayed = False
 
     @classmethod
     def from_config(cls, config: str, options: Options) -> Self:
@@ -111,7 +122,7 @@ class Qcow2Handler(BlockHandler):
         return handler
 
     @classmethod
-    async def create(cls, config: str, options: Options) -> None:
+    async def create(cls, config: str, options: Options) -> Self:
         """Makes an empty image.
 
         Options are `cluster-size`, `refcount-bits`, `backing=NAME` and `backing-format=qcow2|raw`; the size is that of
@@ -128,8 +139,106 @@ class Qcow2Handler(BlockHandler):
             backing=extra.pop("backing", None),
             backing_format=extra.pop("backing-format", None),
         )
-        cls._check_options(extra, "cluster-size, refcount-bits, backing and backing-format")
+        later = ("backing-root", "compression", "level")
+        unknown = {key: value for key, value in extra.items() if key not in later}
+        cls._check_options(unknown, f"cluster-size, refcount-bits, backing, backing-format, {', '.join(later)}")
+        # Those are for the image when it is used: `copy --create` goes on with it.
+        handler = cls.from_config(config, replace(options, size=None, create=False, extra=extra))
         await trio.to_thread.run_sync(make)
+        return handler
+
+    @classmethod
+    async def remove(cls, config: str, options: Options) -> bool:
+        """Deletes the image that `create` has made."""
+        await trio.Path(config).unlink()
+        return True
+
+    @classmethod
+    async def info(cls, config: str, options: Options) -> dict[str, Any]:
+        """What the header says (`tcmu-rs info`)."""
+        where = cls._where(config, options)
+
+        def describe() -> dict[str, Any]:
+            image = open_image(config, writable=False, **where)
+            try:
+                return offline.describe(image)
+            finally:
+                image.close()
+
+        return await trio.to_thread.run_sync(describe)
+
+    @classmethod
+    async def check(
+        cls, config: str, options: Options, *, repair: bool = False, progress: Callable[[float], None] | None = None
+    ) -> dict[str, Any]:
+        """Looks through all of the image, and reads every compressed cluster (`tcmu-rs check`).
+
+        `repair` replays the log of an image that was not closed. What is damaged otherwise is for `qemu-img check -r`.
+
+        Returns:
+            `ok`, `problems` that were found, and `repaired`: whether something was mended.
+        """
+        where = cls._where(config, options)
+        repaired = False
+        if repair:
+            async with cls(config, backing_root=where["root"]) as handler:
+                repaired = handler.was_replayed
+        problems = await trio.to_thread.run_sync(lambda: offline.check_image(config, progress, **where))
+        return {"ok": not problems, "problems": problems, "repaired": repaired}
+
+    @classmethod
+    async def resize(cls, config: str, options: Options, *, size: int, shrink: bool = False) -> None:
+        """Changes the size of the disk (`tcmu-rs resize`)."""
+        await offline.resize(config, size, shrink=shrink, **cls._where(config, options))
+
+    @classmethod
+    async def compact(
+        cls, config: str, options: Options, *, progress: Callable[[float], None] | None = None
+    ) -> dict[str, Any]:
+        """Writes the image anew, as small as it can be (`tcmu-rs compact`): `before` and `after` in bytes."""
+        before, after = await offline.compact(config, progress, **cls._where(config, options))
+        return {"before": before, "after": after}
+
+    @classmethod
+    async def snapshots(cls, config: str, options: Options) -> list[dict[str, Any]]:
+        """The snapshots in the image, the oldest first (`tcmu-rs snapshot list`)."""
+        where = cls._where(config, options)
+
+        def find() -> list[dict[str, Any]]:
+            image = open_image(config, writable=False, **where)
+            try:
+                return [
+                    {"id": one.id, "name": one.name, "time": one.seconds, "size": one.disk_size}
+                    for one in read_snapshots(image.pages, image.header)
+                ]
+            finally:
+                image.close()
+
+        return await trio.to_thread.run_sync(find)
+
+    @classmethod
+    async def snapshot(cls, config: str, options: Options, *, action: str, name: str) -> None:
+        """Makes (`create`), takes back (`apply`) or deletes a snapshot, as `qemu-img snapshot` does."""
+        changes = {
+            "create": Branching.create_snapshot,
+            "apply": Branching.apply_snapshot,
+            "delete": Branching.delete_snapshot,
+        }
+        if action not in changes:
+            raise ValueError(f"{action!r} is nothing to do with snapshots: create, apply and delete are")
+        change = functools.partial(_call, changes[action], name)
+        await offline.change_map(config, change, **cls._where(config, options))
+
+    @classmethod
+    def _where(cls, config: str, options: Options) -> dict[str, Any]:
+        """Options that say where files may be; those of serving may stay on the command line."""
+        cls._check_path(config)
+        extra = dict(options.extra)
+        where = {"root": extra.pop("backing-root", None)}
+        for name in ("snapshot", "compression", "level"):
+            extra.pop(name, None)
+        cls._check_options(extra, "backing-root")
+        return where
 
     @classmethod
     def _check_path(cls, config: str) -> None:
@@ -157,11 +266,15 @@ class Qcow2Handler(BlockHandler):
             if self._wanted_size not in (None, image.size):
                 raise ValueError(f"{self.path} has {image.size} bytes, not the {self._wanted_size} that were asked for")
             image.block_size = self.block_size
+            hardest = _LEVELS[image.header.compression_type]
+            if self._level is not None and not 1 <= self._level <= hardest:
+                raise ValueError(f"level is {self._level}; for {image.header.compression_name()} it is 1 to {hardest}")
             image.codec.level = self._level or 1
             if not self.read_only:
                 writer = Writer(image, compress=self._compress, chain=image.chain, **self._writing)
                 if image.chain is not None:
                     await writer.recover()
+                    self.was_replayed = True
         except BaseException:
             image.close()
             raise
@@ -190,9 +303,15 @@ class Qcow2Handler(BlockHandler):
         """Reads; waits only for what is not in memory."""
         image = self._image
         assert image is not None
+        large = iov.nbytes >= _LARGE
         for _ in range(_PATIENCE):
             try:
-                image.read(offset, iov, wait=False)
+                found = image.collect(offset, iov) if large else None
+                if found is None:
+                    image.read(offset, iov, wait=False)
+                elif found:
+                    # Of several large reads one is decompressed beside the other.
+                    await trio.to_thread.run_sync(image.decompress_into, found)
                 return
             except Cold as cold:
                 await trio.to_thread.run_sync(cold.warm)
@@ -214,6 +333,16 @@ class Qcow2Handler(BlockHandler):
     async def write_zeroes(self, offset: int, length: int) -> None:
         """The same."""
         await self._writing_to().write_zeroes(offset, length)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the image was opened; nothing while only reads have been served.
+
+        `dirty`: bytes of clusters that are newer in memory. `hits` and `misses`: writes that found their cluster there,
+        or not. `destaged`: clusters written back. `compressed` and `stored`: bytes before and after compression.
+        `in_place`: writes to plain clusters where they are. `commits`: records of the log. `checkpoints`.
+        `free`: bytes of holes that will be used again.
+        """
+        return {} if self._writer is None else self._writer.statistics()
 
     def _writing_to(self) -> Writer:
         if self._writer is None:
@@ -241,6 +370,10 @@ class ZstdHandler(Qcow2Handler):
 
     def __init__(self, path: str | os.PathLike[str], *, compress: bool = True, **arguments: Any) -> None:
         super().__init__(path, compress=compress, **arguments)
+
+
+def _call(method: Callable[[Branching, str], None], name: str, branching: Branching) -> None:
+    method(branching, name)
 
 
 def _switch(extra: dict[str, str], name: str, default: bool) -> bool:

@@ -304,6 +304,44 @@ class Image:
         self._hot[entry] = data
         return data
 
+    def collect(self, offset: int, iov: IoVec) -> list[tuple[IoVec, int, bytes, int]] | None:
+        """Fills what is not compressed of a large read, and returns the rest, for threads to decompress.
+
+        Returns:
+            Where to, from which byte of the cluster on, what is stored, and the guest cluster; None if `read` is to be
+            called.
+
+        Raises:
+            Cold: Something is not in memory.
+        """
+        if offset + iov.nbytes > self.size:
+            return None
+        found = []
+        at = 0
+        for extent in self.extents(offset, iov.nbytes, wait=False):
+            part = iov.slice(at, at + extent.length)
+            if extent.kind != Kind.COMPRESSED:
+                self._read_extent(extent, offset + at, part, False)
+            else:
+                place, length = self.tables.place(extent.place)
+                try:
+                    stored = self.storage.pread(place, length, wait=False)
+                except BlockingIOError:
+                    raise Cold(self.storage, place, max(length, iov.nbytes - at)) from None
+                within = (offset + at) & self._in_cluster
+                found.append((part, within, stored, (offset + at) >> self._bits))
+            at += extent.length
+        return found
+
+    def decompress_into(self, found: list[tuple[IoVec, int, bytes, int]]) -> None:
+        """Finishes what `collect` has begun; any thread may do it."""
+        for part, within, stored, cluster in found:
+            try:
+                data = self.codec.decompress(stored)
+            except OSError as error:
+                raise self._medium_error(cluster, error) from None
+            part.copy_from(memoryview(data)[within : within + part.nbytes])
+
     def forget_decompressed(self, entry: int) -> None:
         """The place of this entry is free: another cluster may get the same."""
         self._hot.pop(entry, None)

@@ -130,6 +130,10 @@ class Pages:
         page.mask |= 1 << ((offset & self._mask) >> 3)
         self._note(number, page)
 
+    def peek(self, offset: int) -> tuple[bytearray, int]:
+        """For reading byte `offset`: the page's bytes and the place in them."""
+        return self.get(offset >> self._bits).data, offset & self._mask
+
     def touch(self, offset: int) -> tuple[bytearray, int]:
         """For changing a part of the word that holds byte `offset`: the page's bytes and the place in them."""
         number = offset >> self._bits

@@ -26,6 +26,9 @@ class Refcounts:
         self._cluster_bits = header.cluster_bits
         self.block_bits = header.cluster_bits + 3 - header.refcount_order
         self.max = (1 << (1 << self._order)) - 1
+        self._index_mask = (1 << self.block_bits) - 1
+        # The block that was used last, and where it is: blocks never move.
+        self._last = (-1, 0)
 
     @property
     def covered(self) -> int:
@@ -45,8 +48,14 @@ class Refcounts:
             raise Qcow2Error(f"refcount block {index} at {offset} is not at a cluster")
         return offset
 
+    def _block_of(self, index: int) -> int:
+        if self._last[0] != index:
+            self._last = (index, self.block(index))
+        return self._last[1]
+
     def set_block(self, index: int, offset: int) -> None:
         """Enters a block into the table."""
+        self._last = (-1, 0)
         self._pages.set_word(self._header.refcount_offset + index * 8, offset)
 
     def get(self, cluster: int) -> int:
@@ -86,6 +95,14 @@ class Refcounts:
             OSError: It would be less than none, which only a damaged image has (EUCLEAN).
             OverflowError: More than the image can count.
         """
+        if self._order == 4:
+            at = self._block_of(cluster >> self.block_bits) + ((cluster & self._index_mask) << 1)
+            data, index = self._pages.peek(at)
+            value = (data[index] << 8 | data[index + 1]) + delta
+            if 0 <= value <= 0xFFFF:
+                self._pages.touch(at)
+                data[index], data[index + 1] = value >> 8, value & 0xFF
+                return value
         value = self.get(cluster) + delta
         if value < 0:
             raise OSError(errno.EUCLEAN, f"the refcount of cluster {cluster} is too low: the image is damaged")

@@ -87,6 +87,19 @@ class Holes:
             present &= present - 1
         return None
 
+    def count(self, unit: int) -> int:
+        """How many pieces of so many sectors there are."""
+        return sum(length // unit for length in self._lengths.values() if length >= unit)
+
+    def large(self) -> list[tuple[int, int]]:
+        """Start and length of those that are worth a system call."""
+        found = [start for number in range(_EXACT + 1, len(self._classes)) for start in self._classes[number]]
+        return [(start, self._lengths[start]) for start in found]
+
+    def remove(self, start: int) -> None:
+        """Takes out a whole hole."""
+        self._remove(start)
+
     def _cut(self, start: int, first: int, length: int) -> None:
         stop = start + self._remove(start)
         if first > start:
@@ -118,6 +131,7 @@ class Space:
         self.end = end
         self.packed = packed
         self.punched = False
+        self.freed = False
         self._storage = storage
         self._cluster_size = 1 << cluster_bits
         self._per_cluster = self._cluster_size >> 9
@@ -155,10 +169,15 @@ class Space:
                 continue
             self._reserved_end = start + step
             return
-        free = self.holes.sectors // 2 + self.clusters.sectors
-        if not self.punched and free * SECTOR >= wanted - max(0, self._reserved_end - self.end):
+        if not self.punched and self._usable() >= wanted - max(0, self._reserved_end - self.end):
             return
         raise OSError(last, os.strerror(last))
+
+    def _usable(self) -> int:
+        """Bytes of clusters that fit into holes, whatever is stored where first."""
+        # A cluster that needs alignment, or is a little longer for not being compressible, and what it cuts off.
+        unit = 2 * self._per_cluster + 2
+        return self.holes.count(unit) * self._cluster_size + self.clusters.count(self._per_cluster) * self._cluster_size
 
     def release(self, length: int) -> None:
         """What was reserved is used, or not needed."""
@@ -169,28 +188,27 @@ class Space:
     def take_clusters(self, count: int) -> int:
         """Offset of clusters that nobody uses, and that are used from now on."""
         for holes in (self.clusters, self.holes):
-            start = holes.take(count * self._per_cluster, self._per_cluster)
-            if start is not None:
-                at = self._backed(start * SECTOR, count * self._cluster_size)
+            found = self._take(holes, count * self._per_cluster, self._per_cluster)
+            if found is not None:
+                at = found
                 break
         else:
             self._align()
             at = self._extend(count * self._cluster_size)
-        if self.packed:
+        if self._users:
             self.use(at, count * self._cluster_size)
         return at
 
     def take_sectors(self, length: int) -> int | None:
         """Offset of a hole for `length` bytes; None if there is none."""
-        start = self.holes.take(-(-length // SECTOR))
-        return None if start is None else self._backed(start * SECTOR, length)
+        return self._take(self.holes, -(-length // SECTOR))
 
     def take_run(self, length: int) -> int:
         """Offset of `length` bytes that follow each other, in clusters that are free, or at the end."""
         count = -(-length // self._cluster_size)
-        start = self.clusters.take(count * self._per_cluster, self._per_cluster)
+        start = self._take(self.clusters, count * self._per_cluster, self._per_cluster)
         if start is not None:
-            return self._backed(start * SECTOR, count * self._cluster_size)
+            return start
         if self.knows(self.end) or self.knows(self.end - 1):
             return self._extend(-(-length // SECTOR) * SECTOR)
         # Nobody counts sectors here: a cluster belongs to one run.
@@ -214,10 +232,35 @@ class Space:
                     self._users[region] = bytearray(_REGION)
         return at
 
-    def _backed(self, offset: int, length: int) -> int:
-        if self.punched and self._can_reserve:
-            self._storage.allocate(offset, length)
-        return offset
+    def _take(self, holes: Holes, sectors: int, alignment: int = 1) -> int | None:
+        """Offset of a part of a hole that can be written for certain."""
+        start = holes.take(sectors, alignment)
+        if start is None or not (self.punched and self._can_reserve):
+            return None if start is None else start * SECTOR
+        try:
+            self._storage.allocate(start * SECTOR, sectors * SECTOR)
+        except OSError:
+            # It has no space behind it any more; what was reserved at the end has.
+            holes.add(start, sectors)
+            return None
+        return start * SECTOR
+
+    def take_large(self) -> list[tuple[Holes, int, int]]:
+        """Takes out holes that are worth to be given back to the file system: what, start and length in sectors."""
+        found = []
+        for holes in (self.holes, self.clusters):
+            for start, length in holes.large():
+                holes.remove(start)
+                found.append((holes, start, length))
+        self.punched = self.punched or bool(found)
+        return found
+
+    def give_back(self, found: list[tuple[Holes, int, int]]) -> None:
+        """What `take_large` took may be used again."""
+        for holes, start, length in found:
+            # Holes of before a snapshot are not what they were.
+            if holes in (self.holes, self.clusters):
+                holes.add(start, length)
 
     # Users of sectors, where they are counted.
 
@@ -230,6 +273,7 @@ class Space:
 
     def free(self, offset: int, length: int) -> None:
         """One user less; sectors without any are holes, where that is known."""
+        self.freed = True
         start = count = 0
         for sector in range(offset >> 9, ((offset + length - 1) >> 9) + 1):
             users = self._users.get(sector >> (_REGION_BITS - 9))
@@ -254,6 +298,7 @@ class Space:
 
     def free_cluster(self, offset: int) -> None:
         """Nobody uses this cluster any more."""
+        self.freed = True
         found_later = self._walked <= offset < self._unknown
         if offset >> _REGION_BITS not in self._users:
             if not found_later:
@@ -314,6 +359,12 @@ class Space:
     def end_scan(self) -> None:
         """Everything is known."""
         self._walked = self._unknown = 0
+
+    def forget_sectors(self) -> None:
+        """From now on only whole clusters are used again: others have become users of sectors, too."""
+        self.packed = False
+        self._users.clear()
+        self.holes = Holes()
 
     def trim(self, offset: int, length: int) -> int:
         """Where the file may end: behind the last cluster in use, if `offset` and `length` (the log) are free."""

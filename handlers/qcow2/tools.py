@@ -1,4 +1,4 @@
-"""What is done to images that are not served: making them."""
+"""What is done to images that are not served: making and describing them."""
 
 from __future__ import annotations
 
@@ -68,6 +68,8 @@ def create(
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, length)
+        # So that no table lacks space later.
+        os.posix_fallocate(fd, 0, length)
         for offset, piece in pieces:
             os.pwrite(fd, piece, offset)
         os.fdatasync(fd)

@@ -15,10 +15,11 @@ import trio
 from tcmu_rs import IoVec
 
 from ._errors import Qcow2Error
+from .branching import Branching
 from .cache import UNIT, Entry, runs
 from .changes import Changes
 from .header import DATA_FILE, DIRTY, SECTOR, LogPlace, with_log, without_log
-from .image import Image
+from .image import Image, Kind
 from .log import SAVED_SECTOR, STATES, Chain, Log, Record
 from .pages import Cold
 from .refcounts import Refcounts
@@ -45,6 +46,8 @@ _TABLES_AT_ONCE = 1024
 _PAGES = 4
 """Pages of L2 and refcounts that one change of the map dirties, at most, where the tables are there."""
 _MANY_DROPPED = 4096
+"""Places that wait for a record, to be used again, before one is made for them; fewer in small images."""
+_SLACK = 8
 _SMALL = 64 << 20
 """Bytes of an image that is looked through at once, before the first change."""
 
@@ -124,7 +127,8 @@ class Writer:
         # What one change of the map may dirty: L2 and refcounts, a new L2 table, a new refcount block.
         self._worst = 2 * self._cluster_size + 6 * self._pages.size
         self._log_size = max(log_size or min(_MAX_LOG, max(_MIN_LOG, image.size >> 6)), STATES + 8 * self._worst)
-        # The same of changes that are on their way.
+        self._many = min(_MANY_DROPPED, max(256, image.size >> self._bits >> 5))
+        # Bytes that the changes on their way may dirty.
         self._promised = 0
         self._idle = idle
         self._chain = chain
@@ -151,7 +155,16 @@ class Writer:
         self._ended = trio.Event()
         # A frame takes at least so much of a host cluster, so that its refcount suffices.
         self._least = max(1, self._cluster_size // min(1 << 62, (1 << (1 << header.refcount_order)) // 2))
-        self.counters = {"destaged": 0, "in_place": 0, "commits": 0, "checkpoints": 0, "compressed": 0, "stored": 0}
+        self.counters = {
+            "hits": 0,
+            "misses": 0,
+            "destaged": 0,
+            "in_place": 0,
+            "commits": 0,
+            "checkpoints": 0,
+            "compressed": 0,
+            "stored": 0,
+        }
 
     @property
     def active(self) -> bool:
@@ -163,11 +176,19 @@ class Writer:
         """Bytes of clusters that are newer in memory."""
         return len(self._cache) << self._bits
 
+    def statistics(self) -> dict[str, int]:
+        """What the handler tells."""
+        if self._log is None:
+            return {}
+        free = (self._space.holes.sectors + self._space.clusters.sectors) * SECTOR
+        return {"dirty": self.dirty, "free": free, **self.counters}
+
     # Commands.
 
     async def write(self, offset: int, iov: IoVec) -> None:
         """Stores; it is durable after the next flush."""
-        await self._start()
+        if self._log is None or self._failed is not None:
+            await self._start()
         self._writes += 1
         total = iov.nbytes
         done = 0
@@ -176,7 +197,10 @@ class Writer:
             step = min(self._cluster_size - within, total - done)
             part = iov if step == total else iov.slice(done, done + step)
             cluster = (offset + done) >> self._bits
-            await self._retry(lambda c=cluster, w=within, p=part: self._put(c, w, p))  # type: ignore[misc]
+            try:
+                self._put(cluster, within, part)
+            except (Cold, _CacheFullError, OSError):
+                await self._retry(lambda c=cluster, w=within, p=part: self._put(c, w, p))  # type: ignore[misc]
             done += step
 
     async def write_zeroes(self, offset: int, length: int) -> None:
@@ -306,6 +330,9 @@ class Writer:
                 self.counters["in_place"] += 1
                 return
             entry = self._add_entry(cluster, whole=length == self._cluster_size)
+            self.counters["misses"] += 1
+        else:
+            self.counters["hits"] += 1
         part.copy_into(memoryview(entry.data)[within : within + length])
         if not entry.unlogged:
             self._unlogged_entries[cluster] = entry
@@ -319,7 +346,8 @@ class Writer:
             self._image.read(cluster << self._bits, IoVec([data]), wait=False)
         cost = self._cluster_size + 2 * SECTOR
         if self._changes.needs_table(cluster):
-            cost += self._cluster_size
+            # And what is cut off in front of it.
+            cost += 2 * self._cluster_size
         self._space.reserve(cost)
         entry = self._cache[cluster] = Entry(data, cost)
         if len(self._cache) > self._limit // 2:
@@ -357,8 +385,8 @@ class Writer:
     def _zero(self, cluster: int) -> None:
         """A whole cluster is zero."""
         if self._changes.needs_table(cluster) and self._changes.shines_through(cluster):
-            self._space.reserve(2 * self._cluster_size)
-            self._space.release(2 * self._cluster_size)
+            self._space.reserve(3 * self._cluster_size)
+            self._space.release(3 * self._cluster_size)
         try:
             mapped = self._changes.map_zero(cluster)
         except Exception as error:
@@ -374,7 +402,8 @@ class Writer:
     def _zero_part(self, cluster: int, within: int, length: int) -> None:
         if cluster not in self._cache:
             parts = self._image.extents((cluster << self._bits) + within, length, wait=False)
-            if all(part.kind == 1 or (part.kind == 0 and not self._changes.shines_through(cluster)) for part in parts):
+            below = self._changes.shines_through(cluster)
+            if all(part.kind == Kind.ZERO or (part.kind == Kind.UNALLOCATED and not below) for part in parts):
                 return
         self._put(cluster, within, IoVec([bytes(length)]))
 
@@ -405,7 +434,7 @@ class Writer:
                     continue
                 await self._try(self._destage, batch)
                 # What was freed is used again only after a record, and one must not become too large.
-                if len(self._changes.dropped) > _MANY_DROPPED or self._changed > self._log_size // 32:
+                if len(self._changes.dropped) > self._many or self._changed > self._log_size // 32:
                     await self._try(self.flush)
         finally:
             self._leave()
@@ -423,10 +452,29 @@ class Writer:
                 if now == last and now != clean and not self._failed:
                     await self._try(self.destage)
                     await self._try(self.checkpoint)
+                    await self._try(self.punch)
                     clean = now
                 last = now
         finally:
             self._leave()
+
+    async def punch(self) -> None:
+        """Gives free space back to the file system; nobody gets it meanwhile."""
+        if not self._space.freed:
+            return
+        self._space.freed = False
+        found = self._space.take_large()
+        with trio.CancelScope(shield=True):
+            try:
+                await trio.to_thread.run_sync(self._punch, found)
+            finally:
+                self._space.give_back(found)
+
+    def _punch(self, found: Sequence[tuple[Any, int, int]]) -> None:
+        """In a thread."""
+        for _, start, length in found:
+            if not self._storage.punch(start * SECTOR, length * SECTOR):
+                return
 
     async def _try(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Runs what nobody waits for: whoever needs it to succeed finds out."""
@@ -501,15 +549,12 @@ class Writer:
     async def _destage(self, batch: Sequence[tuple[int, Entry]], *, locked: bool = False) -> None:
         """Compresses, writes, and then changes the map where nobody has written meanwhile."""
         with trio.CancelScope(shield=True):
+            # Nobody has to wait for these while they wait.
+            await self._afford(self._cost(batch), locked=locked)
+            batch = [(cluster, entry) for cluster, entry in batch if self._is_idle(cluster, entry)]
+            worst = self._cost(batch)
             jobs = self._jobs(batch)
             placed: list[_Job] = []
-            worst = self._cost(jobs)
-            try:
-                await self._afford(worst, locked=locked)
-            except BaseException:
-                for job in jobs:
-                    job.entry.busy = False
-                raise
             self._promised += worst
             try:
                 await trio.to_thread.run_sync(self._prepare, jobs)
@@ -558,10 +603,13 @@ class Writer:
         most = _BATCH >> self._bits
         return max(1, most if self._all_metadata() <= room else min(most, room // (_PAGES * self._pages.size)))
 
-    def _cost(self, jobs: Sequence[_Job]) -> int:
-        """Bytes of metadata that these may dirty, at most."""
-        tables = {job.cluster >> self._image.tables.l2_bits for job in jobs if self._changes.needs_table(job.cluster)}
-        cost = len(jobs) * _PAGES * self._pages.size + len(tables) * (self._cluster_size + self._worst // 2)
+    def _is_idle(self, cluster: int, entry: Entry) -> bool:
+        return self._cache.get(cluster) is entry and not entry.busy
+
+    def _cost(self, batch: Sequence[tuple[int, Entry]]) -> int:
+        """Bytes of metadata that the destaging of these may dirty, at most."""
+        tables = {cluster >> self._image.tables.l2_bits for cluster, _ in batch if self._changes.needs_table(cluster)}
+        cost = len(batch) * _PAGES * self._pages.size + len(tables) * (self._cluster_size + self._worst // 2)
         return min(cost, self._all_metadata())
 
     def _all_metadata(self) -> int:
@@ -857,6 +905,28 @@ class Writer:
             self._checkpointing = None
             done.set()
 
+    # Maps as a whole.
+
+    async def branch(self, change: Callable[[Branching], None]) -> None:
+        """Makes a change of the whole map durable; nobody may write meanwhile.
+
+        Raises:
+            Qcow2Error: It cannot be made; nothing is changed.
+        """
+        await self._start()
+        await self.destage()
+        await self.flush()
+        await self.checkpoint()
+        try:
+            change(Branching(self._image, self._changes, self._space))
+        except Qcow2Error:
+            # These are raised before anything is changed.
+            raise
+        except Exception as error:
+            self._fail(OSError(errno.EUCLEAN, str(error)))
+            raise
+        await self.checkpoint()
+
     # Life.
 
     async def _start(self) -> None:
@@ -868,7 +938,7 @@ class Writer:
             if self._log is None:
                 self._check()
                 with trio.CancelScope(shield=True):
-                    await self._in_thread(self._announce)
+                    await trio.to_thread.run_sync(self._announce)
                     await self._begin()
 
     async def _begin(self) -> None:
@@ -906,7 +976,11 @@ class Writer:
             if extensions:
                 storage.pwrite(at, [extensions])
                 storage.fdatasync()
+            self._open_space(end + size)
+            # For refcount blocks, that nobody counts on.
+            self._space.reserve(_SLACK * self._cluster_size)
         except OSError:
+            # Nothing has begun yet.
             storage.truncate(end)
             raise
         storage.pwrite(0, [opened])
@@ -914,7 +988,6 @@ class Writer:
         self._pages.forget(0, self._pages.size)
         self._sector = sector
         self._image.log_range = (end, end + size)
-        self._open_space(end + size)
         self._log = Log(storage, place, self._pages.size)
 
     def _open_space(self, end: int) -> None:
@@ -941,8 +1014,9 @@ class Writer:
             self._open_space(max(end, (last + 1) << self._bits))
 
         await self._in_thread(settle)
+        self._space.reserve(_SLACK * self._cluster_size)
         for entry in self._cache.values():
-            entry.cost = 2 * self._cluster_size + 2 * SECTOR
+            entry.cost = 3 * self._cluster_size + 2 * SECTOR
             self._logged += entry.logged.bit_count() * UNIT
             self._space.reserve(entry.cost)
         self._log = log
@@ -970,6 +1044,7 @@ class Writer:
                 await self.flush()
                 await self.checkpoint()
             self._check()
+            await self.punch()
             await self._in_thread(self._renounce)
             self._log = None
 

@@ -24,6 +24,7 @@ from ._layers import Lower
 from ._native import AesXts, Command, IoVec, Transfer, __version__, debug_build, fallocate, fdatasync
 from ._registry import handler_below
 from ._runtime import Device
+from ._statistics import DeviceStatistics, LateCommand, Latency, VerbStatistics
 
 if debug_build:
     import warnings
@@ -41,12 +42,15 @@ __all__ = [
     "Device",
     "DeviceError",
     "DeviceRemovedError",
+    "DeviceStatistics",
     "ExtentState",
     "Handler",
     "HardwareError",
     "Identity",
     "IllegalRequest",
     "IoVec",
+    "LateCommand",
+    "Latency",
     "Lower",
     "MediumError",
     "MediumNotPresent",
@@ -58,6 +62,7 @@ __all__ = [
     "RingCorruptError",
     "ScsiError",
     "Transfer",
+    "VerbStatistics",
     "WriteProtected",
     "__version__",
     "attach",
@@ -66,5 +71,6 @@ __all__ = [
     "fallocate",
     "fdatasync",
     "handler_below",
+    "protect_memory",
     "serve",
 ]

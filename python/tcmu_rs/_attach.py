@@ -23,6 +23,7 @@ from ._slot import Slot
 
 if TYPE_CHECKING:
     from ._runtime import Device
+    from ._statistics import DeviceStatistics
 
 _log = logging.getLogger("tcmu_rs")
 
@@ -65,6 +66,12 @@ class AttachedDevice:
     def __repr__(self) -> str:
         return f"<AttachedDevice {self.name} {self.path or self.target or self.configfs}>"
 
+    def statistics(self) -> DeviceStatistics:
+        """Counters and times since the device is served, and what runs and waits now: see `Device.statistics`."""
+        if self._server is None:
+            raise RuntimeError(f"device {self.name} is not served yet")
+        return self._server.statistics()
+
     async def replace(self, handler: Handler, *, within: float = GRACE) -> None:
         """Has another handler serve the device, which stays in service: see `Device.replace`."""
         if self._server is None:
@@ -93,6 +100,7 @@ async def attach(
     max_sectors: int | None = None,
     data_area_mb: int | None = None,
     cmd_time_out: int | None = None,
+    deadline: float | None = None,
     copy_domain: CopyDomain | None = None,
     adopt: bool = False,
     leave_on_error: bool = False,
@@ -120,6 +128,8 @@ async def attach(
         max_sectors: Largest transfer that initiators are told, in blocks.
         data_area_mb: Memory that commands in flight may fill, MiB.
         cmd_time_out: Seconds after which the kernel fails a command that was not answered; 0 means never.
+        deadline: Seconds after which we cancel a command and answer it as timed out, so that it is sent again; five
+            sixths of `cmd_time_out` if None, `math.inf` for never.
         copy_domain: The disks that initiators may copy from and to, beside this one itself.
         adopt: Go on with the device of this name (without a name: of this spec) if a killed process has left one, and
             make one otherwise. Its initiators notice a pause: what was in flight goes back to them as BUSY, and they
@@ -171,7 +181,9 @@ async def attach(
                     "mount -t devtmpfs none /dev, or run outside the container",
                 )
             device = AttachedDevice(handler, backstore, uio, fabric)
-            service = _Service(device, slot, backstore, claim, strict=strict, grace=grace, copy_domain=copy_domain)
+            service = _Service(
+                device, slot, backstore, claim, strict=strict, grace=grace, deadline=deadline, copy_domain=copy_domain
+            )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(service.run_server, nursery)
                 try:
@@ -253,6 +265,7 @@ class _Service:
         *,
         strict: bool,
         grace: float,
+        deadline: float | None,
         copy_domain: CopyDomain | None,
     ) -> None:
         self.leaves = claim is not None
@@ -263,6 +276,7 @@ class _Service:
         self._claim = claim
         self._strict = strict
         self._grace = grace
+        self._deadline = deadline
         self._copy_domain = copy_domain
         self._server_scope = trio.CancelScope(shield=True)
         self._control_scope = trio.CancelScope()
@@ -284,6 +298,7 @@ class _Service:
                     claimed=self._claim.fd if self._claim else None,
                     strict=self._strict,
                     grace=self._grace,
+                    deadline=self._deadline,
                     copy_domain=self._copy_domain,
                     # Not through `Nursery.start`: cancelled meanwhile, it would wait for this shielded task
                     # for ever.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import io
 import json
 import logging
 import re
@@ -17,7 +19,8 @@ from typing import Any, NoReturn
 import click
 import trio
 
-from . import _devices, _doctor, _errors, _lio, _registry
+from . import _devices, _doctor, _errors, _lio, _memory, _registry
+from ._text import printable
 
 _log = logging.getLogger("tcmu_rs")
 
@@ -53,6 +56,9 @@ class _Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs a command and exits."""
         kwargs["standalone_mode"] = False
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Names of files may have bytes that are no text.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             code = super().main(*args, **kwargs)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -71,7 +77,7 @@ class _Commands(click.Group):
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo("error: " + " ".join(message.split()), err=True)
+    click.echo("error: " + printable(" ".join(message.split())), err=True)
     sys.exit(code)
 
 
@@ -180,6 +186,7 @@ def _options(
 @click.option("--allow-network", is_flag=True, help="Let other machines reach the portal. There is no password.")
 @click.option("--wwn", help="Serial number of the disk, a UUID.  [default: computed from name and SPEC]")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
+@click.option("--lock-memory/--no-lock-memory", default=True, show_default=True, help="Keep the server in memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def attach(
     spec: tuple[str, str],
@@ -191,13 +198,15 @@ def attach(
     block_size: str | None,
     name: str | None,
     supervise: bool,
+    lock_memory: bool,
     as_json: bool,
     **device_options: Any,
 ) -> None:
     """Serve SPEC as a disk until SIGINT or SIGTERM.
 
-    SPEC is HANDLER:CONFIG; `tcmu-rs handlers` lists the handlers. When the disk is usable, its name and its
-    node are printed on one line, separated by a tab (the target's name for iSCSI, the configfs directory
+    SPEC is HANDLER:CONFIG; `tcmu-rs handlers` lists the handlers, `tcmu-rs handlers NAME` tells what one takes. One
+    that sits on another takes its specification: luks:qcow2:/var/tmp/disk. When the disk is usable, its name and
+    its node are printed on one line, separated by a tab (the target's name for iSCSI, the configfs directory
     without a fabric). A second signal cancels what is still in flight.
 
     If a killed server of the same SPEC has left the device behind, it is adopted: its users notice a pause only. With
@@ -261,6 +270,7 @@ def attach(
         leave_on_error=supervise,
         **device_options,
     )
+    _memory.protect_memory(lock=lock_memory)
     trio.run(_serving.serve_until_signal, attaching, announce, leash)
 
 
@@ -269,7 +279,8 @@ def attach(
 @click.option("--replies", is_flag=True, help="Let the kernel wait for us when devices are made: see below.")
 @click.option("--copies", is_flag=True, help="Let initiators copy between the devices.")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
-def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool) -> None:
+@click.option("--lock-memory/--no-lock-memory", default=True, show_default=True, help="Keep the server in memory.")
+def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool, lock_memory: bool) -> None:
     """Serve the devices that targetcli and other programs make.
 
     Serves every user-backed device whose configuration begins with one of the HANDLERs (all that are installed, if
@@ -309,6 +320,7 @@ def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool) -
 
     copy_domain = CopyDomain() if copies else None
     serve = functools.partial(_daemon.serving, handlers, replies=replies, copy_domain=copy_domain)
+    _memory.protect_memory(lock=lock_memory)
     trio.run(_serving.serve_until_signal, serve, announce, leash)
 
 
@@ -402,7 +414,7 @@ def stats(name: str, as_json: bool) -> None:
         print(json.dumps(record, indent=2))
     else:
         for line in _top.describe(record):
-            print(line)
+            print(printable(line))
 
 
 @main.command()
@@ -425,15 +437,22 @@ def top(interval: float, rounds: int | None) -> None:
 
 
 @main.command()
+@click.argument("name", required=False, metavar="[NAME]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
-def handlers(as_json: bool) -> None:
-    """List the handlers that installed packages offer.
+def handlers(name: str | None, as_json: bool) -> None:
+    """List the handlers that installed packages offer, or tell what NAME takes.
 
     \b
     Examples:
       tcmu-rs handlers
+      tcmu-rs handlers luks                what stands behind the colon, and the options (-o)
       tcmu-rs handlers --json
     """
+    if name is not None:
+        if as_json:
+            raise click.UsageError("--json is for the list: leave NAME out")
+        print(_manual(name, _registry.load(name)))
+        return
     rows = []
     for name, offers in _registry.providers().items():
         problem = _registry.conflict(offers)
@@ -467,6 +486,18 @@ def handlers(as_json: bool) -> None:
             for row in rows
         ],
     )
+
+
+def _manual(name: str, handler: type[Any]) -> str:
+    """What a handler's author tells of its configuration and options: the documentation of the two methods."""
+    from ._handler import Handler
+
+    parts = [f"{name}: {_first_line(handler)}"]
+    methods = ((f"{name}:CONFIG", "from_config"), (f"tcmu-rs create {name}:CONFIG", "create"))
+    for heading, method in methods:
+        if getattr(handler, method).__func__ is not getattr(Handler, method).__func__:
+            parts.append(f"{heading}\n{inspect.getdoc(getattr(handler, method)) or 'not documented'}".replace("`", ""))
+    return "\n\n".join(parts)
 
 
 def _first_line(handler: type[Any]) -> str:
@@ -557,7 +588,9 @@ def check(
     name, config = spec
     options = _options(size=None, create=False, read_only=not repair, block_size=block_size, extra=extra)
     method = _optional_method(name, handler_class, "check")
-    found = trio.run(functools.partial(method, config, options, repair=repair))
+    # Those that take long tell how far they are.
+    more = {"progress": _cli_storage.show_progress} if "progress" in inspect.signature(method).parameters else {}
+    found = trio.run(functools.partial(method, config, options, repair=repair, **more))
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -613,6 +646,7 @@ def format_size(size: int) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table for a person, or lines with tabs for a program."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in (header, *rows):
             print("\t".join(row))
@@ -628,6 +662,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 # Commands in modules of their own, which use what is above.
-from . import _cli_copy  # noqa: E402
+from . import _cli_copy, _cli_storage  # noqa: E402
 
-main.add_command(_cli_copy.copy)
+for _command in (_cli_copy.copy, _cli_storage.resize, _cli_storage.snapshot, _cli_storage.compact):
+    main.add_command(_command)

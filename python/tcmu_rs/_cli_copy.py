@@ -67,6 +67,9 @@ def copy(
     overwritten. What is zero is not written where the target can do without. A target that is larger reads as zeroes
     behind the end of the source.
 
+    Bytes are copied as they are. A partition table counts in blocks: after a copy from a disk with blocks of 512 bytes
+    onto one with 4096 (as luks makes them), attach that with --block-size 512, or create it with -o sector-size=512.
+
     The beginning of the disk is written last. So a copy that was interrupted has no partition table and no file
     system, and is not taken for the whole; one that --create has made is removed.
 

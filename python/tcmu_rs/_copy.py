@@ -121,7 +121,10 @@ class _Side:
         await self.call("reading", offset, len(view), self.lower.read, offset, iov)
 
     async def extents(self, offset: int, length: int) -> Sequence[tuple[int, ExtentState]]:
-        return await self.call("asking for the extents of", offset, length, self.lower.extents, offset, length)
+        extents = await self.call("asking for the extents of", offset, length, self.lower.extents, offset, length)
+        if not extents or extents[0][0] <= 0:
+            raise CopyError(f"the {self.name} says nothing of its extents at {offset}")
+        return extents
 
     async def write(self, offset: int, view: memoryview) -> None:
         iov = IoVec([view.toreadonly()])
@@ -141,13 +144,14 @@ class _Copy:
         self._progress = progress
         self._state = Progress(0, source.size * (1 + verify), 0)
         self._unit = max(source.block_size, target.block_size)
-        self._is_zero = fresh and target.discard_zeroes
+        self._knows_empty = target.can_extents and target.discard_zeroes
+        self._is_empty = fresh and target.discard_zeroes and not target.can_extents
         self._empty: Callable[[int, int], Awaitable[None]] | None = None
         if target.can_discard and target.discard_zeroes:
             self._empty = target.discard
         elif target.can_write_zeroes:
             self._empty = target.write_zeroes
-        self._knows_zeroes = self._is_zero or self._empty is not None
+        self._knows_zeroes = self._knows_empty or self._is_empty or self._empty is not None
         self._finds_extents = source.can_extents and source.discard_zeroes
         self._extents: deque[tuple[int, bool]] = deque()
 
@@ -155,9 +159,8 @@ class _Copy:
         size = self._source.size
         head = min(HEAD, size)
         self._tell()
-        if not self._is_zero:
-            await self._zero(0, self._whole(head))
-            await self._flush()
+        await self._zero(0, self._whole(head))
+        await self._flush()
         # Behind the last block that the source has a part of.
         await self._zero(self._whole(size), self._target.size)
         for start, stop in ((head, size), (0, head)):
@@ -216,8 +219,6 @@ class _Copy:
             for length, state in extents:
                 at += length
                 self._extents.append((at, state != ExtentState.MAPPED))
-            if at <= offset:
-                raise CopyError(f"the source says nothing of its extents at {offset}")
         end, empty = self._extents[0]
         end = min(end, stop)
         if empty and end < stop:
@@ -249,16 +250,24 @@ class _Copy:
         self._state = replace(self._state, written=self._state.written + len(view))
 
     async def _zero(self, start: int, stop: int) -> None:
-        """Makes a range of the target read as zeroes."""
-        if self._is_zero:
+        """Makes a range of the target read as zeroes; where it has nothing already, by leaving it alone."""
+        if self._is_empty:
             return
-        step = CHUNK if self._empty is None else _EMPTY_AT_ONCE
-        for at in range(start, stop, step):
-            length = min(step, stop - at)
+        at = start
+        while at < stop:
+            length = min(_EMPTY_AT_ONCE if self._empty is not None else CHUNK, stop - at)
+            if self._knows_empty:
+                # A new target need not be empty: an image may have another one behind it.
+                first, state = (await self._target.extents(at, stop - at))[0]
+                if state != ExtentState.MAPPED:
+                    at += first
+                    continue
+                length = min(length, first)
             if self._empty is None:
                 await self._target.write(at, memoryview(_ZEROES)[:length])
             else:
                 await self._target.call("zeroing", at, length, self._empty, at, length)
+            at += length
 
     async def _verify_part(self, offset: int, length: int, empty: bool, buffer: memoryview) -> None:
         for at in range(offset, offset + length, CHUNK):

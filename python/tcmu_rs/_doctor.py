@@ -13,6 +13,7 @@ from pathlib import Path
 from . import _devices
 
 _CAP_SYS_ADMIN = 21
+_MEMORY_CAPABILITIES = {"CAP_IPC_LOCK": 14, "CAP_SYS_RESOURCE": 24}
 
 _MODULES = {
     "target_core_user": ("CONFIG_TCM_USER2", "sys/module/target_core_user", True),
@@ -64,6 +65,8 @@ def examine(root: Path = Path("/"), *, release: str | None = None) -> list[Check
         *([_served()] if root == Path("/") else []),
         *_libraries(),
         _file_io(root),
+        _memory(root),
+        *_swap(root),
     ]
 
 
@@ -85,11 +88,15 @@ def _kernel(release: str) -> Check:
     return Check("kernel", ok, True, release, "" if ok else "boot Linux 4.20 or later")
 
 
-def _privileges(root: Path) -> Check:
-    effective = 0
+def _capabilities(root: Path) -> int:
     with suppress(OSError, StopIteration):
         status = (root / "proc/self/status").read_text().splitlines()
-        effective = int(next(line for line in status if line.startswith("CapEff:")).split()[1], 16)
+        return int(next(line for line in status if line.startswith("CapEff:")).split()[1], 16)
+    return 0
+
+
+def _privileges(root: Path) -> Check:
+    effective = _capabilities(root)
     admin = bool(effective & 1 << _CAP_SYS_ADMIN)
     ok = admin and os.geteuid() == 0
     found = f"user {os.geteuid()}, {'with' if admin else 'without'} CAP_SYS_ADMIN"
@@ -209,3 +216,40 @@ def _file_io(root: Path) -> Check:
     else:
         remedy = "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile"
     return Check("file I/O", False, False, f"a thread for each transfer, slower than io_uring: {obstacle}", remedy)
+
+
+def _memory(root: Path) -> Check:
+    """Whether a server can be kept from waiting for its own disk when memory is short (`tcmu_rs.protect_memory`)."""
+    effective = _capabilities(root)
+    lacking = [name for name, bit in _MEMORY_CAPABILITIES.items() if not effective & 1 << bit]
+    if not lacking:
+        return Check("memory", True, False, "a server can be kept in memory")
+    found = f"without {', '.join(lacking)} a server that this machine mounts a disk of may wait for itself"
+    return Check("memory", False, False, found, "run as root, in no container; or mount the disk elsewhere")
+
+
+def _swap(root: Path) -> Iterator[Check]:
+    """Swap space on our own disks: what has to be written when memory is short needs memory to be written."""
+    with suppress(OSError):
+        for line in (root / "proc/swaps").read_text().splitlines()[1:]:
+            # Blanks in names are written in octal; a file's own disk is not looked for.
+            name = Path(line.split()[0]).name
+            if disks := sorted(_disks_below(root, name)):
+                found = f"{line.split()[0]} is on {disks[0]}, which user space serves"
+                yield Check("swap", False, False, found, f"swapoff {line.split()[0]}, and swap to another disk")
+
+
+def _disks_below(root: Path, name: str) -> Iterator[str]:
+    """Our disks among those that a block device is made of."""
+    directory = root / "sys/class/block" / name
+    slaves = []
+    with suppress(OSError):
+        slaves = [slave.name for slave in (directory / "slaves").iterdir()]
+    for slave in slaves:
+        yield from _disks_below(root, slave)
+    # A partition is a directory in that of its disk.
+    for place in (directory, directory.resolve().parent):
+        with suppress(OSError):
+            if (place / "device/vendor").read_text().strip() == "tcmu-rs":
+                yield f"/dev/{place.resolve().name}"
+                return

@@ -155,7 +155,14 @@ _ERRNO = {
     errno.EAGAIN: Busy.failure,
     errno.EBUSY: Busy.failure,
     errno.ETIMEDOUT: Busy.failure,
+    # Descriptors come back when other work ends.
+    errno.EMFILE: Busy.failure,
+    errno.ENFILE: Busy.failure,
     errno.ENOMEM: Failure(TASK_SET_FULL),
+    # What the storage was on is gone: LOGICAL UNIT FAILURE.
+    errno.ENODEV: Failure(CHECK_CONDITION, 0x4, 0x3E, 0x01),
+    errno.ENXIO: Failure(CHECK_CONDITION, 0x4, 0x3E, 0x01),
+    errno.ESTALE: Failure(CHECK_CONDITION, 0x4, 0x3E, 0x01),
 }
 _STATUSES = frozenset({CHECK_CONDITION, BUSY, 0x18, TASK_SET_FULL, 0x30, TASK_ABORTED})
 _SENSE_KEYS = frozenset(range(0x10)) - {0xC}

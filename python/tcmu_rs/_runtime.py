@@ -17,7 +17,6 @@ import functools
 import logging
 import math
 import os
-import threading
 import traceback
 import types
 from collections import deque
@@ -27,9 +26,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
-from . import _errors, _files, _native, _statistics, _watchdog, _where
+from . import _errors, _files, _native, _statistics, _watchdog
 from ._domain import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
+from ._late import Overseer, Suspended
 from ._slot import Face, Slot
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ GRACE = 10.0
 """Seconds that commands in flight get when a device stops."""
 KERNEL_TIME_OUT = 30
 """Seconds after which the kernel gives a command up, unless told otherwise (`TCMU_TIME_OUT`)."""
-SWEEP = 1.0
-"""Seconds between two looks at the commands that wait for their handlers."""
 
 _ABORTED = _errors.Failure(_errors.TASK_ABORTED)
 _BUSY = _errors.Failure(_errors.BUSY)
@@ -60,7 +58,6 @@ _INVALID_OPCODE = _errors.Failure(_errors.CHECK_CONDITION, 0x5, 0x20, 0x00)
 
 _Coroutine = Coroutine[Any, Any, Any]
 _Call = Callable[["_native.Command"], "_Coroutine | None"]
-_Suspended = tuple[trio.CancelScope, "_native.Command", "int | None", "_Coroutine | None"]
 
 
 @types.coroutine
@@ -149,15 +146,12 @@ class Device:
         self._waiting_pieces: dict[int, Piece] = {}
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._max_in_flight = handler.max_in_flight
+        self._names: dict[int | None, str]
         self._calls: dict[int | None, _Call] = self._find_calls()
         self._pending: deque[_native.Command] = deque()
         self._idle: list[trio.lowlevel.Task] = []
-        self._suspended: dict[int, _Suspended] = {}
-        self._deadline = deadline
-        self._sweeping = False
-        self._timed_out: set[_native.Command] = set()
-        self._cancelled: set[_native.Command] = set()
-        self._threads: dict[_native.Command, int] = {}
+        self._suspended: dict[int, Suspended] = {}
+        self._overseer = Overseer(name, deadline, self._suspended, self._waiting, self._turn_away_late)
         self._workers = 0
         self._running = 0
         self._pumping = False
@@ -176,24 +170,12 @@ class Device:
 
     def statistics(self) -> _statistics.DeviceStatistics:
         """Counters and times since the start, and what runs and waits now."""
-        late = [
-            _statistics.LateCommand(
-                verb=self._method(verb),
-                offset=cmd.offset,
-                length=cmd.length,
-                age=cmd.age / 1e9,
-                where=self._where(cmd, coroutine),
-                cancelled=scope.cancel_called,
-            )
-            for scope, cmd, verb, coroutine in self._suspended.values()
-            if cmd.age > _statistics.LATE * 1e9
-        ]
         return _statistics.record(
             self._ring.statistics(),
             in_flight=self._ring.in_flight,
             running=self._running,
-            pending=len(self._pending),
-            late=tuple(sorted(late, key=lambda command: -command.age)),
+            pending=len(self._waiting()),
+            late=self._overseer.late(),
         )
 
     def stop(self) -> None:
@@ -254,8 +236,6 @@ class Device:
 
     async def _quiesce(self) -> None:
         """Waits until all that has begun is over."""
-        # Whoever waits for the ring takes commands as before otherwise: this one looks again.
-        self._start_sweep()
         while not self._is_quiet():
             self._quiet = trio.Event()
             self._nudge()
@@ -307,6 +287,8 @@ class Device:
 
     def _find_calls(self) -> dict[int | None, _Call]:
         handler = self.handler
+        kind = type(handler).__name__
+        self._names = {None: f"{kind}.{self._method(None)}"} | {int(verb): f"{kind}.{METHODS[verb]}" for verb in Verb}
         calls: dict[int | None, _Call] = {}
         if not isinstance(handler, BlockHandler):
             calls[None] = self._colour("command", lambda cmd: (cmd,), self._reply)
@@ -381,11 +363,8 @@ class Device:
         return suspended
 
     def _in_thread(self, cmd: _native.Command, call: Callable[[], Any]) -> Any:
-        self._threads[cmd] = threading.get_ident()
-        try:
+        with self._overseer.in_thread(cmd):
             return call()
-        finally:
-            del self._threads[cmd]
 
     def _check_result(self, name: str, result: object) -> None:
         if result is not None:
@@ -480,6 +459,7 @@ class Device:
                 self._pending.append(item)
             else:
                 parked.append(item)
+                self._oversee()
 
     async def _park(self) -> None:
         task = trio.lowlevel.current_task()
@@ -503,7 +483,7 @@ class Device:
                 self._hire()
                 break
 
-        self._start_sweep()
+        self._oversee()
 
     def _hire(self) -> None:
         if self._nursery is not None:
@@ -539,7 +519,7 @@ class Device:
                         # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
                         cmd_id = None if cmd.answered else cmd.id
                         if cmd_id is not None:
-                            self._suspended[cmd_id] = scope, cmd, verb, coroutine
+                            self._suspended[cmd_id] = scope, cmd, self._names[verb], coroutine
                         self._call_workers()
                         try:
                             result = await _resume(coroutine, trap)
@@ -571,7 +551,7 @@ class Device:
                 _forget(error)
         except BaseException as error:
             # Cancelled, by task management or because the device ends: never swallowed.
-            failure = _TIMED_OUT if cmd in self._timed_out else _ABORTED
+            failure = _TIMED_OUT if self._overseer.timed_out(cmd) else _ABORTED
             cancelled = self._only_cancelled(error, verb)
             if cancelled is not None:
                 _forget(error)
@@ -615,7 +595,7 @@ class Device:
         self._dirty = True
         cmd_id = None if cmd.answered else cmd.id
         if cmd_id is not None:
-            self._suspended[cmd_id] = scope, cmd, cmd.verb, None
+            self._suspended[cmd_id] = scope, cmd, self._names[cmd.verb], None
         self._call_workers()
         try:
             await trio.lowlevel.checkpoint()
@@ -660,7 +640,7 @@ class Device:
             return
         self._copies += 1
         scope = trio.CancelScope()
-        self._suspended[cmd.id] = scope, cmd, None, None
+        self._suspended[cmd.id] = scope, cmd, "extended_copy", None
         self._nursery.start_soon(self._copy, cmd, cmd.id, scope, name=f"<tcmu_rs copy of {self.name}>")
         self._call_workers()
 
@@ -682,7 +662,7 @@ class Device:
             del self._suspended[cmd_id]
             if not cmd.answered:
                 with suppress(_errors.DeviceError):
-                    cmd.fail(*(_TIMED_OUT if cmd in self._timed_out else _ABORTED))
+                    cmd.fail(*(_TIMED_OUT if self._overseer.timed_out(cmd) else _ABORTED))
             self._copies -= 1
             self._nudge()
             if (self._stopping or self._quiet is not None) and self._running == 0 and not self._copies:
@@ -745,7 +725,7 @@ class Device:
                     scope.cancel()
         waiting = [cmd for cmd in self._waiting() if cmd.id in ids and not cmd.answered and not cmd.detach()]
         for cmd in waiting:
-            (self._pending if cmd in self._pending else self._parked or self._pending).remove(cmd)
+            self._take_out(cmd)
             cmd.fail(*_ABORTED)
 
     def _commit(self) -> None:
@@ -757,74 +737,24 @@ class Device:
                 self._grant()
             self._call_workers()
 
-    # Commands that take too long.
-
-    def _start_sweep(self) -> None:
-        if not self._sweeping and self._nursery is not None:
-            self._sweeping = True
-            self._nursery.start_soon(self._sweep)
+    # Commands that wait for their turn.
 
     def _waiting(self) -> list[_native.Command]:
         return [*self._pending, *(self._parked or ())]
 
-    async def _sweep(self) -> None:
-        """Looks after suspended and waiting commands, as long as there are any; costs the others nothing."""
-        # A command is taken to be as old as the sweep before the one that found it: the deadline is never late.
-        since: dict[_native.Command, float] = {}
-        told: set[_native.Command] = set()
-        interval = min(SWEEP, self._deadline / 4)
-        previous = trio.current_time()
-        while self._suspended or self._pending or self._parked is not None:
-            await trio.sleep(interval)
-            now = trio.current_time()
-            suspended = [item for item in self._suspended.values() if not item[1].answered]
-            since = {cmd: since.get(cmd, previous) for cmd in (*(item[1] for item in suspended), *self._waiting())}
-            told &= since.keys()
-            self._timed_out &= since.keys()
-            previous = now
-            for scope, cmd, verb, coroutine in suspended:
-                age = now - since[cmd]
-                if scope.cancel_called:
-                    # It had a whole interval to let the cancellation through.
-                    if cmd in told or cmd not in self._cancelled:
-                        self._cancelled.add(cmd)
-                    else:
-                        told.add(cmd)
-                        logger.error(
-                            "%s: %s was cancelled and goes on, at %s",
-                            self.name, self._describe(cmd, verb), self._where(cmd, coroutine),
-                        )  # fmt: skip
-                elif age >= self._deadline:
-                    logger.warning(
-                        "%s: %s is cancelled after %g s, at %s",
-                        self.name, self._describe(cmd, verb), age, self._where(cmd, coroutine),
-                    )  # fmt: skip
-                    self._timed_out.add(cmd)
-                    scope.cancel()
-            self._cancelled &= since.keys()
-            self._turn_away_late([cmd for cmd in self._waiting() if now - since[cmd] >= self._deadline])
-        self._sweeping = False
+    def _take_out(self, cmd: _native.Command) -> None:
+        (self._pending if cmd in self._pending else self._parked or self._pending).remove(cmd)
 
     def _turn_away_late(self, commands: list[_native.Command]) -> None:
         """Commands that had no turn within the deadline: nothing was done for them, so they may come again."""
-        late = [cmd for cmd in commands if not cmd.answered]
-        if not late:
-            return
-        logger.warning("%s: %d commands had no turn within %g s", self.name, len(late), self._deadline)
-        for cmd in late:
-            (self._pending if cmd in self._pending else self._parked or self._pending).remove(cmd)
+        for cmd in commands:
+            self._take_out(cmd)
             cmd.fail(*_BUSY)
         self._commit()
 
-    def _describe(self, cmd: _native.Command, verb: int | None) -> str:
-        what = f"{type(self.handler).__name__}.{self._method(verb)}()"
-        return f"{what} of {cmd.length} bytes at {cmd.offset}" if verb is not None else f"{what} of {cmd.cdb.hex()}"
-
-    def _where(self, cmd: _native.Command, coroutine: _Coroutine | None) -> str:
-        thread = self._threads.get(cmd)
-        if thread is not None:
-            return _where.thread_point(thread)
-        return _where.await_point(coroutine)
+    def _oversee(self) -> None:
+        if not self._overseer.running and self._nursery is not None:
+            self._overseer.start(self._nursery)
 
     # Memory that is still looked at after the answer.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from . import _control, _lio, _sysfs
+from ._text import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -165,7 +166,7 @@ def _table(
     for pid, record in records:
         since, old = before.get((pid, str(record["name"])), (now, record))
         table.add_row(
-            escape(str(record["name"])),
+            escape(printable(str(record["name"]))),
             escape(str(record["handler"])),
             str(pid),
             *_rates(record, old, now - since),
@@ -175,7 +176,7 @@ def _table(
             str(sum(record["errors"].values())),
             str(len(record["late"])),
         )
-        notes += [escape(f"{record['name']}: {_late(late)}") for late in record["late"]]
+        notes += [escape(printable(f"{record['name']}: {_late(late)}")) for late in record["late"]]
     return Group(table, *notes, *map(escape, problems))
 
 

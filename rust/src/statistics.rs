@@ -14,7 +14,7 @@
 //! clock for each would be some percent of what a fast handler costs. Fewer than [`FULL`] at once are timed all.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hdrhistogram::Histogram;
@@ -159,6 +159,7 @@ pub struct Statistics {
     inner: Mutex<Inner>,
     calls: [(AtomicU64, AtomicU64); KINDS],
     seen: AtomicU64,
+    untimed: AtomicBool,
 }
 
 impl Statistics {
@@ -181,13 +182,20 @@ impl Statistics {
 
     /// Whether a command is timed; `full`: it comes with many others.
     pub fn weight(&self, full: bool) -> Weight {
-        if !full {
+        if self.untimed.load(Ordering::Relaxed) {
+            0
+        } else if !full {
             1
         } else if self.seen.fetch_add(1, Ordering::Relaxed).is_multiple_of(u64::from(SAMPLE)) {
             SAMPLE
         } else {
             0
         }
+    }
+
+    /// Times commands, as it does from the start, or does not: to find out what that costs.
+    pub fn set_timing(&self, on: bool) {
+        self.untimed.store(!on, Ordering::Relaxed);
     }
 
     /// A handler has returned, or raised.

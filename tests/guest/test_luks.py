@@ -16,9 +16,11 @@ from typing import TypeVar
 import pytest
 import trio
 
-from tcmu_rs import Options, attach
+from tcmu_rs import IoVec, Options, attach
 from tcmu_rs.handlers.file import FileHandler
 from tcmu_rs.handlers.luks import LuksHandler, format_luks, kdf
+
+from . import test_daemon as daemons
 
 KEY = b"the key\n"
 OFFSET = 16 << 20
@@ -81,10 +83,10 @@ def harvest(device: str) -> dict[str, str]:
 
 
 @contextmanager
-def dm_crypt(path: Path, key: Path) -> Iterator[str]:
+def dm_crypt(path: Path, key: Path, *options: str | Path) -> Iterator[str]:
     """The container, opened by cryptsetup and the kernel."""
     name = f"tcmu-{os.getpid()}"
-    run("cryptsetup", "open", "--key-file", key, path, name)
+    run("cryptsetup", "open", "--key-file", key, *options, path, name)
     try:
         yield f"/dev/mapper/{name}"
     finally:
@@ -165,3 +167,47 @@ async def test_aes_cbc_essiv_of_dm_crypt_is_read(directory: Path) -> None:
     async with attach(handler, spec=f"luks:{path}") as device:
         assert device.path is not None
         assert await in_thread(sectors, device.path) == expected
+
+
+async def test_a_detached_header_of_ours_is_good_for_dm_crypt(directory: Path) -> None:
+    path, header = directory / "disk", directory / "header"
+    extra = {"key-file": str(directory / "key"), "header": str(header), "iter-time": "1"}
+    data = random.Random(5).randbytes(8 << 20)
+    async with await LuksHandler.create(str(path), Options(size=len(data), create=True, extra=extra)) as disk:
+        await disk.write(0, IoVec([data]))
+
+    def judge() -> None:
+        with dm_crypt(path, directory / "key", "--header", header) as theirs:
+            assert sectors(theirs) == hashlib.sha256(data).hexdigest()
+
+    await in_thread(judge)
+
+
+@pytest.mark.parametrize("option", ["key-file", "credential"])
+def test_a_daemon_finds_the_key_by_the_configuration(
+    directory: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made by another program, with nothing in configfs but where the key is."""
+    path = directory / "disk"
+    path.touch()
+    os.truncate(path, OFFSET + daemons.SIZE)
+    trio.run(functools.partial(format_luks, FileHandler(path), [KEY], kdf=CHEAP))
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(directory))
+    where = directory / "key" if option == "key-file" else "key"
+    config = f"luks/{path};{option}={where}"
+    with daemons.daemon("luks"), daemons.backstore("luks", config) as store, daemons.disk(store) as device:
+        daemons.write(device, b"through the daemon")
+    with dm_crypt(path, directory / "key") as theirs, open(theirs, "rb") as file:  # noqa: PTH123
+        file.seek(1 << 20)
+        assert file.read(18) == b"through the daemon"
+
+
+def test_xts_has_no_keys_of_128_bits(directory: Path) -> None:
+    """What FORMAT.md says of them: cryptsetup refuses, for half of them is no AES key."""
+    path = directory / "disk"
+    path.touch()
+    os.truncate(path, OFFSET + SIZE)
+    words = ["cryptsetup", "luksFormat", "-q", "--key-size", "128", "--cipher", "aes-xts-plain64", *FAST]
+    result = subprocess.run([*words, path, directory / "key"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert result.returncode != 0
+    assert "Key size in XTS mode must be 256 or 512 bits" in result.stderr

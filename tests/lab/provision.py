@@ -46,6 +46,7 @@ LAB_PROGRAMS = {
 GUEST_PACKAGES = (
     "btrfs-progs",
     "cryptsetup-bin",
+    "dmsetup",
     "e2fsprogs",
     "fio",
     "libiscsi-bin",

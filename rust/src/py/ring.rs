@@ -84,6 +84,12 @@ impl Ring {
         Ok(self.device.event_fd()?)
     }
 
+    /// Times commands for the statistics, as from the start, or does not.
+    #[pyo3(signature = (on, /))]
+    fn set_timing(&self, on: bool) {
+        self.device.statistics.set_timing(on);
+    }
+
     /// Another handler serves from now on: its promises take the place of those of the one before.
     #[pyo3(signature = (*, intercept, fills_reads))]
     fn serve_another(&self, intercept: bool, fills_reads: bool) {

@@ -1,0 +1,152 @@
+"""What is done to qcow2 images that are not served, and what QEMU says of it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tcmu_rs import IoVec, Options
+from tcmu_rs._cli import main
+from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, create
+
+from .test_qcow2 import check, contents, qemu, random_image, random_writes, raw, work
+
+MIB = 1 << 20
+NOTHING = Options()
+
+pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
+
+
+class Story:
+    """An image, what is on it, and what its snapshots have."""
+
+    def __init__(self, path: Path, rng: random.Random) -> None:
+        self.path = path
+        self.rng = rng
+        self.model = bytearray(raw(path))
+        self.snapshots: dict[str, bytes] = {}
+        self.count = 0
+
+    async def write(self) -> None:
+        await work(self.path, self.rng, self.model, 12, compress=self.rng.random() < 0.6)
+
+    async def _snapshot(self, action: str, name: str) -> None:
+        await Qcow2Handler.snapshot(str(self.path), NOTHING, action=action, name=name)
+
+    async def create(self) -> None:
+        self.count += 1
+        name = f"s{self.count}"
+        if self.rng.random() < 0.5:
+            await self._snapshot("create", name)
+        else:
+            qemu("qemu-img", "snapshot", "-c", name, self.path)
+        self.snapshots[name] = bytes(self.model)
+
+    async def apply(self) -> None:
+        if self.snapshots:
+            name = self.rng.choice(list(self.snapshots))
+            await self._snapshot("apply", name)
+            self.model = bytearray(self.snapshots[name])
+
+    async def delete(self) -> None:
+        if self.snapshots:
+            name = self.rng.choice(list(self.snapshots))
+            await self._snapshot("delete", name)
+            del self.snapshots[name]
+
+    async def resize(self) -> None:
+        size = self.rng.choice([self.rng.randrange(MIB, 6 * MIB, 512), len(self.model) + 65536])
+        await Qcow2Handler.resize(str(self.path), NOTHING, size=size, shrink=True)
+        self.model = self.model[:size] + bytes(max(0, size - len(self.model)))
+
+    async def compact(self) -> None:
+        try:
+            await Qcow2Handler.compact(str(self.path), NOTHING)
+        except Qcow2Error as error:
+            assert "has snapshots" in str(error)
+
+    async def judge(self) -> None:
+        check(self.path)
+        assert raw(self.path) == self.model
+        found = await Qcow2Handler.check(str(self.path), NOTHING)
+        assert found["ok"], found
+        for name, content in self.snapshots.items():
+            assert await contents(self.path, snapshot=name) == content
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_snapshots_and_sizes(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    path = tmp_path / "disk.qcow2"
+    options: dict[str, Any] = {}
+    if seed % 2:
+        while options.get("refcount_bits", 1) < 8:
+            for file in tmp_path.iterdir():
+                file.unlink()
+            options = {"refcount_bits": 16, **random_image(path, rng, 2 * MIB)}
+        random_writes(path, rng, 2 * MIB, options["cluster_size"])
+    else:
+        create(path, 2 * MIB, cluster_size=rng.choice([512, 4096, 65536]), refcount_bits=rng.choice([8, 16, 64]))
+    story = Story(path, rng)
+    steps = [story.write] * 3 + [story.create] * 3 + [story.apply, story.delete, story.resize, story.compact]
+    for _ in range(10):
+        await rng.choice(steps)()
+        await story.judge()
+
+
+async def test_a_flipped_bit_is_found_and_never_read(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, MIB, cluster_size=8192)
+    text = b"all work and no play makes jack a dull boy\n" * 24385
+    async with Qcow2Handler(path, compress=True) as disk:
+        await disk.write(0, IoVec([text[:MIB]]))
+    data = bytearray(path.read_bytes())
+    at = data.find(b"\x28\xb5\x2f\xfd") + 40
+    data[at] ^= 4
+    path.write_bytes(data)
+    found = await Qcow2Handler.check(str(path), NOTHING)
+    assert not found["ok"]
+    assert "damaged" in found["problems"][0]
+    with pytest.raises(Exception, match=r"guest cluster .* damaged"):
+        await contents(path)
+
+
+async def test_a_log_that_was_left_is_replayed_by_repair(tmp_path: Path) -> None:
+    path, left = tmp_path / "disk.qcow2", tmp_path / "left.qcow2"
+    create(path, MIB)
+    async with Qcow2Handler(path, compress=True) as disk:
+        await disk.write(4096, IoVec([b"x" * 4096]))
+        await disk.flush()
+        shutil.copy(path, left)
+    assert (await Qcow2Handler.info(str(left), NOTHING))["features"] == "log"
+    assert await Qcow2Handler.check(str(left), NOTHING, repair=True) == {"ok": True, "problems": [], "repaired": True}
+    check(left)
+    assert raw(left)[4096:8192] == b"x" * 4096
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    spec = f"zstd:{path}"
+
+    def run(*words: str) -> str:
+        result = CliRunner().invoke(main, [*words], standalone_mode=False)
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result.output
+
+    run("create", spec, "--size", "1M", "-o", "cluster-size=16K")
+    run("snapshot", "create", spec, "before")
+    run("resize", spec, "--size", "2M")
+    assert [one["name"] for one in json.loads(run("snapshot", "list", spec, "--json"))] == ["before"]
+    assert "before" in run("snapshot", "list", spec)
+    run("snapshot", "apply", spec, "before")
+    run("snapshot", "delete", spec, "1")
+    assert json.loads(run("compact", spec, "--json"))["after"] < 1 << 20
+    found = json.loads(run("info", spec, "--json"))
+    assert (found["size"], found["cluster size"], found["snapshots"]) == (MIB, 16384, {})
+    assert "in order" in run("check", spec)
