@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
-from tcmu_rs import AesXts, IoVec, Options, ScsiError, _cli
+from tcmu_rs import AesXts, BlockHandler, IoVec, Options, ScsiError, _cli
 from tcmu_rs.handlers.file import FileHandler
 from tcmu_rs.handlers.luks import LuksError, LuksHandler, WrongPassphraseError, cipher, format_luks, kdf, keys, luks2
 from tcmu_rs.handlers.luks.container import parse_header
@@ -167,6 +167,29 @@ def test_only_whole_sectors_are_encrypted() -> None:
     with pytest.raises(TypeError, match="read-only"):
         sectors.encrypt(0, IoVec([data]), IoVec([bytes(data)]))
     assert data == b"x" * 1024
+
+
+async def test_the_memory_of_an_answered_command_is_not_touched() -> None:
+    sectors = AesXts(bytes(range(64)), 512)
+
+    class Keeper(BlockHandler):
+        size = 4096
+        kept: IoVec
+
+        def read(self, offset: int, iov: IoVec) -> None:
+            self.kept = iov
+            # Whatever the memory held before, what is decrypted is zeroes: nothing was read into it.
+            sectors.decrypt(0, iov)
+
+    handler = Keeper()
+    expected = bytearray(1024)
+    sectors.decrypt(0, IoVec([expected]))
+    async with simulated(handler) as disk:
+        assert await disk.read(0, 1024) == expected
+        with pytest.raises(BufferError, match="the command was answered"):
+            sectors.decrypt(0, handler.kept)
+        with pytest.raises(BufferError, match="the command was answered"):
+            sectors.encrypt(0, handler.kept, IoVec([expected]))
 
 
 def test_pbkdf2_vectors() -> None:

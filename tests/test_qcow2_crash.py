@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,13 @@ import pytest
 
 from tcmu_rs import BlockHandler
 from tcmu_rs.handlers.qcow2 import Qcow2Handler
+from tcmu_rs.handlers.qcow2 import log as log_module
+from tcmu_rs.handlers.qcow2.pages import Pages
+from tcmu_rs.handlers.qcow2.writer import Writer
 from tcmu_rs.testing.crash import LostWrite, Medium, check_power_cuts, recorded_file
 
 from . import qcow2
+from .conftest import Log
 from .test_crash import needs_fuse
 
 SIZE = 256 << 10
@@ -83,3 +87,71 @@ async def test_a_real_file(tmp_path: Path) -> None:
             yield Qcow2Handler(path, compress=True, **SMALL)
 
     await check_power_cuts(serve, image, lives=2, cuts=10, operations=60, judge=qcow2.judge)
+
+
+def forget_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Writer._take
+
+    def without(self: Writer, *, images: bool) -> Any:
+        record, *rest = take(self, images=images)
+        record.pieces = []
+        return record, *rest
+
+    monkeypatch.setattr(Writer, "_take", without)
+
+
+def forget_what_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Writer._take
+
+    def without(self: Writer, *, images: bool) -> Any:
+        record, *rest = take(self, images=images)
+        record.settled = []
+        return record, *rest
+
+    monkeypatch.setattr(Writer, "_take", without)
+
+
+def use_freed_space_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Writer._take
+
+    def early(self: Writer, *, images: bool) -> Any:
+        record, dropped, *rest = take(self, images=images)
+        self._release(dropped)
+        return record, [], *rest
+
+    monkeypatch.setattr(Writer, "_take", early)
+
+
+def trust_the_last_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "_arrived", lambda *_: True)
+
+
+def write_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Pages.take_changes
+
+    def only_changes(self: Pages, *, images: bool = False) -> Any:
+        return take(self, images=False)
+
+    monkeypatch.setattr(Pages, "take_changes", only_changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "leave_out",
+    [forget_the_pieces, forget_what_is_settled, use_freed_space_at_once, trust_the_last_record, write_no_images],
+)
+async def test_a_rule_of_the_real_code_left_out_is_found(
+    leave_out: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    leave_out(monkeypatch)
+    image = qcow2.make(tmp_path / "image", SIZE, "-o", "cluster_size=8k,compression_type=zstd")
+
+    def serve(medium: Medium) -> AbstractContextManager[BlockHandler]:
+        return qcow2.on_medium(medium, **SMALL, compress=True)
+
+    with pytest.raises(LostWrite):
+        for seed in range(12):
+            await check_power_cuts(
+                serve, image, seed=seed, lives=4, cuts=20, operations=80, garbage=0.1, spared={0}, judge=qcow2.judge
+            )
+    log.records.clear()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,3 +111,19 @@ async def test_storage_that_is_gone(log: Log) -> None:
         log.expect("No such device")
         handler.there = True
         assert (await disk.scsi(read16(0), data_in=BLOCK)).status == GOOD
+
+
+def test_memory_is_protected_or_it_is_said_what_is_not() -> None:
+    """In a process of its own: nothing of it can be taken back."""
+    program = """
+import pathlib, tcmu_rs
+problems = tcmu_rs.protect_memory()
+status = pathlib.Path("/proc/self/status").read_text()
+locked = int(next(line for line in status.splitlines() if line.startswith("VmLck:")).split()[1])
+flags = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6])
+score = pathlib.Path("/proc/self/oom_score_adj").read_text().strip()
+done = {"mlockall": locked > 0, "PR_SET_IO_FLUSHER": bool(flags & 0x80000), "oom_score_adj": score == "-1000"}
+failed = {problem.partition(":")[0] for problem in problems}
+assert failed == {name for name, ok in done.items() if not ok}, (problems, done)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -29,7 +29,7 @@ class Served:
         print("hurry", flush=True)
 
 @asynccontextmanager
-async def serving():
+async def serving(succession):
     if mode == "fails at once":
         os._exit(3)
     if mode == "fails later" and not leash.first:

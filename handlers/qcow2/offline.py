@@ -82,7 +82,7 @@ class _Check:
         self._use(0, 1, "the header")
         self._use_range(header.refcount_offset, header.refcount_clusters * self._cluster_size, "the refcount table")
         for index in range(header.refcount_clusters << (self._bits - 3)):
-            block = self._refcounts.block(index)
+            block = self._block(index)
             if block:
                 self._use_range(block, 1, f"refcount block {index}")
         snapshots = read_snapshots(self._image.pages, header)
@@ -98,6 +98,13 @@ class _Check:
                 self._check_table(tables, index, what)
                 self._tell((number + (index + 1) / tables.l1_entries) / len(maps))
         self._compare()
+
+    def _block(self, index: int) -> int:
+        try:
+            return self._refcounts.block(index)
+        except OSError as error:
+            self._problem(str(error.strerror))
+            return 0
 
     def _tell(self, done: float) -> None:
         now = time.monotonic()
@@ -156,7 +163,7 @@ class _Check:
         per_block = 1 << self._refcounts.block_bits
         seen = 0
         for index in range(stop):
-            if not self._refcounts.block(index):
+            if not self._block(index):
                 continue
             for cluster in range(index * per_block, (index + 1) * per_block):
                 region = self._users.get(cluster >> _REGION_BITS)

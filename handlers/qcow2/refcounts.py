@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 
-from ._errors import Qcow2Error
 from .header import Header
 from .pages import Pages
 
@@ -39,13 +38,13 @@ class Refcounts:
         """Offset of a refcount block, 0 if there is none.
 
         Raises:
-            Qcow2Error: The entry cannot be.
+            OSError: The entry cannot be (EUCLEAN).
         """
         if index >= self._header.refcount_clusters << (self._cluster_bits - 3):
             return 0
         offset = self._pages.word(self._header.refcount_offset + index * 8) & _OFFSET
         if offset & ((1 << self._cluster_bits) - 1):
-            raise Qcow2Error(f"refcount block {index} at {offset} is not at a cluster")
+            raise OSError(errno.EUCLEAN, f"refcount block {index} at {offset} is not at a cluster: damaged image")
         return offset
 
     def _block_of(self, index: int) -> int:

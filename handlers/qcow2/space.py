@@ -366,8 +366,8 @@ class Space:
         self._users.clear()
         self.holes = Holes()
 
-    def trim(self, offset: int, length: int) -> int:
-        """Where the file may end: behind the last cluster in use, if `offset` and `length` (the log) are free."""
+    def trim(self, start: int, stop: int) -> int:
+        """Where the file may end: behind the last cluster in use; from `start` to `stop` is the log."""
         end = self.end
         while True:
             last = max(
@@ -376,7 +376,7 @@ class Space:
             )
             if last is not None:
                 end = last * SECTOR
-            elif end == offset + length:
-                end = offset
+            elif end == stop:
+                end = start
             else:
                 return -(-end // self._cluster_size) * self._cluster_size

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-import secrets
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import trio
@@ -18,12 +15,13 @@ from ._errors import Qcow2Error
 from .branching import Branching
 from .cache import UNIT, Entry, runs
 from .changes import Changes
-from .header import DATA_FILE, DIRTY, SECTOR, LogPlace, with_log, without_log
+from .header import DATA_FILE, DIRTY, SECTOR, LogPlace
 from .image import Image, Kind
-from .log import SAVED_SECTOR, STATES, Chain, Log, Record
+from .log import STATES, Chain, Log, Record
+from .packing import Job, Packer
 from .pages import Cold
-from .refcounts import Refcounts
 from .scanner import Scanner
+from .session import Session, announce, check_room, lay_log, place_log, renounce, resume
 from .space import Space
 from .tables import COMPRESSED, COPIED, OFFSET, SUBCLUSTERS, ZERO
 
@@ -52,32 +50,13 @@ _SMALL = 64 << 20
 """Bytes of an image that is looked through at once, before the first change."""
 
 
+def _text(error: Exception) -> str:
+    """An error without its number, which the next one has again."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 class _CacheFullError(Exception):
     """There is no room for another dirty cluster now."""
-
-
-@dataclass(slots=True)
-class _Job:
-    """A dirty cluster on its way to the file.
-
-    Attributes:
-        cluster: Of the guest.
-        entry: In the cache.
-        version: Of the entry when it was copied.
-        data: The copy.
-        stored: What is written; None for a plain cluster; empty for zeroes.
-        place: Where.
-        crc: Of what is stored.
-    """
-
-    cluster: int
-    entry: Entry
-    version: int
-    data: bytes
-    stored: bytes | None = None
-    place: int = 0
-    crc: int = 0
-    virgin: bool = False
 
 
 class Writer:
@@ -113,6 +92,9 @@ class Writer:
                 f"the refcounts of {image.storage.path} are not up to date: run `qemu-img check -r all`, "
                 "or attach it read-only"
             )
+        if chain is None:
+            # Better known now than at the first write.
+            check_room(image)
         # A cluster has to be able to be shared by many.
         self._compress = compress and header.refcount_order >= 3
         self._image = image
@@ -135,7 +117,8 @@ class Writer:
         self._log: Log | None = None
         self._space: Space
         self._changes: Changes
-        self._sector = b""
+        self._packer: Packer
+        self._session: Session | None = None
         # Bytes of pieces that no record has, and of those that one has.
         self._unlogged = self._logged = 0
         self._unlogged_entries: dict[int, Entry] = {}
@@ -153,8 +136,6 @@ class Writer:
         self._closing = trio.Event()
         self._background = 0
         self._ended = trio.Event()
-        # A frame takes at least so much of a host cluster, so that its refcount suffices.
-        self._least = max(1, self._cluster_size // min(1 << 62, (1 << (1 << header.refcount_order)) // 2))
         self.counters = {
             "hits": 0,
             "misses": 0,
@@ -244,7 +225,9 @@ class Writer:
 
     def _check(self) -> None:
         if self._failed is not None:
-            raise OSError(self._failed.errno, f"an earlier flush failed, nothing is written any more: {self._failed}")
+            raise OSError(
+                self._failed.errno, f"an earlier flush failed, nothing is written any more: {_text(self._failed)}"
+            )
 
     async def _retry(self, change: Callable[[], None]) -> None:
         """Makes a change, which does nothing if it raises, until there is what it needs."""
@@ -390,7 +373,7 @@ class Writer:
         try:
             mapped = self._changes.map_zero(cluster)
         except Exception as error:
-            self._fail(OSError(errno.EUCLEAN, str(error)))
+            self._fail(OSError(errno.EUCLEAN, _text(error)))
             raise
         if mapped:
             entry = self._cache.pop(cluster, None)
@@ -488,7 +471,7 @@ class Writer:
                 await self._closing.wait()
         except Exception as error:
             logger.exception("%s: writing back failed", self._storage.path)
-            self._fail(OSError(errno.EIO, str(error)))
+            self._fail(OSError(errno.EIO, _text(error)))
 
     def _leave(self) -> None:
         self._background -= 1
@@ -554,16 +537,16 @@ class Writer:
             batch = [(cluster, entry) for cluster, entry in batch if self._is_idle(cluster, entry)]
             worst = self._cost(batch)
             jobs = self._jobs(batch)
-            placed: list[_Job] = []
+            placed: list[Job] = []
             self._promised += worst
             try:
-                await trio.to_thread.run_sync(self._prepare, jobs)
-                plan = self._place(jobs, placed)
-                await trio.to_thread.run_sync(self._write_out, plan)
+                await trio.to_thread.run_sync(self._packer.prepare, jobs)
+                plan = self._packer.place(jobs, placed)
+                await trio.to_thread.run_sync(self._packer.write_out, plan)
                 while self._gate is not None:
                     await self._gate.wait()
             except BaseException:
-                self._give_back(placed)
+                self._packer.give_back(placed)
                 raise
             else:
                 self._settle(jobs)
@@ -576,23 +559,23 @@ class Writer:
     def _destage_now(self, batch: Sequence[tuple[int, Entry]]) -> None:
         """The same at once, so that nobody can write meanwhile. Others wait, so it is the last resort."""
         jobs = self._jobs(batch)
-        placed: list[_Job] = []
+        placed: list[Job] = []
         try:
-            self._prepare(jobs)
-            self._write_out(self._place(jobs, placed))
+            self._packer.prepare(jobs)
+            self._packer.write_out(self._packer.place(jobs, placed))
         except BaseException:
-            self._give_back(placed)
+            self._packer.give_back(placed)
             raise
         finally:
             for job in jobs:
                 job.entry.busy = False
         self._settle(jobs)
 
-    def _jobs(self, batch: Sequence[tuple[int, Entry]]) -> list[_Job]:
+    def _jobs(self, batch: Sequence[tuple[int, Entry]]) -> list[Job]:
         jobs = []
         for cluster, entry in batch:
             entry.busy = True
-            jobs.append(_Job(cluster, entry, entry.version, bytes(entry.data)))
+            jobs.append(Job(cluster, entry, entry.version, bytes(entry.data)))
         return jobs
 
     @property
@@ -620,82 +603,13 @@ class Writer:
         refcounts = (hosts << self._header.refcount_order >> 3) + 2 * self._cluster_size
         return l2 + refcounts + 4 * self._cluster_size + 8 * self._pages.size
 
-    def _prepare(self, jobs: Sequence[_Job]) -> None:
-        """In a thread: what is stored of each cluster."""
-        zeroes = bytes(self._cluster_size)
-        compress = self._image.codec.compress
-        for job in jobs:
-            if job.data == zeroes:
-                job.stored = b""
-            elif self._compress:
-                job.stored = compress(job.data)
-                if job.stored is not None:
-                    job.crc = zlib.crc32(job.stored)
-
-    def _place(self, jobs: Sequence[_Job], placed: list[_Job]) -> list[tuple[int, list[bytes]]]:
-        """Takes free space for what is stored; returns what to write where."""
-        plan: list[tuple[int, list[bytes]]] = []
-        run: list[tuple[_Job, int]] = []
-        at = 0
-        most = 1 << (self._bits - 8)
-        for job in jobs:
-            stored = job.stored
-            if stored == b"":
-                if self._header.version > 2 or not self._changes.shines_through(job.cluster):
-                    continue
-                stored = job.stored = None
-            if stored is None:
-                before = self._space.end
-                job.place = self._space.take_clusters(1)
-                job.virgin = job.place >= before
-                placed.append(job)
-                plan.append((job.place, [job.data]))
-                continue
-            hole = self._space.take_sectors(max(len(stored), self._least))
-            if hole is not None:
-                job.place = hole
-                self._space.use(hole, len(stored))
-                placed.append(job)
-                plan.append((hole, [stored]))
-                continue
-            if ((at + len(stored) - 1) >> 9) - (at >> 9) >= most:
-                at = -(-at // SECTOR) * SECTOR
-            run.append((job, at))
-            at += max(len(stored), self._least)
-        if run:
-            start = self._space.take_run(at)
-            buffers: list[bytes] = []
-            stop = 0
-            for job, place in run:
-                assert job.stored is not None
-                job.place = start + place
-                self._space.use(job.place, len(job.stored))
-                placed.append(job)
-                buffers += [bytes(place - stop), job.stored] if place > stop else [job.stored]
-                stop = place + len(job.stored)
-            plan.append((start, buffers))
-        return plan
-
-    def _write_out(self, plan: Sequence[tuple[int, list[bytes]]]) -> None:
-        """In a thread."""
-        for offset, buffers in plan:
-            self._storage.pwrite(offset, buffers)
-
-    def _give_back(self, placed: Sequence[_Job]) -> None:
-        """Nothing names these places."""
-        for job in placed:
-            if job.stored is None:
-                self._space.free_cluster(job.place)
-            else:
-                self._space.free(job.place, len(job.stored))
-
-    def _settle(self, jobs: Sequence[_Job]) -> None:
+    def _settle(self, jobs: Sequence[Job]) -> None:
         """The data is written: the map may say so."""
         changes = self._changes
         for job in jobs:
             if self._cache.get(job.cluster) is not job.entry or job.entry.version != job.version:
                 if job.stored != b"":
-                    self._give_back([job])
+                    self._packer.give_back([job])
                 continue
             try:
                 if job.stored == b"":
@@ -708,7 +622,7 @@ class Writer:
                     self.counters["stored"] += len(job.stored)
             except Exception as error:
                 # The map is changed by halves: what is in memory must never be in a record.
-                self._fail(OSError(errno.EUCLEAN, str(error)))
+                self._fail(OSError(errno.EUCLEAN, _text(error)))
                 raise
             del self._cache[job.cluster]
             self._forget(job.cluster, job.entry)
@@ -923,7 +837,7 @@ class Writer:
             # These are raised before anything is changed.
             raise
         except Exception as error:
-            self._fail(OSError(errno.EUCLEAN, str(error)))
+            self._fail(OSError(errno.EUCLEAN, _text(error)))
             raise
         await self.checkpoint()
 
@@ -938,8 +852,14 @@ class Writer:
             if self._log is None:
                 self._check()
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._announce)
-                    await self._begin()
+                    try:
+                        place, opened = await trio.to_thread.run_sync(self._lay_log)
+                        self._session = await self._in_thread(announce, self._image, place, opened)
+                        self._log = self._session.log
+                        await self._begin()
+                    except Qcow2Error as error:
+                        # What is damaged is found when it is needed; to who writes it is the medium.
+                        raise OSError(errno.EUCLEAN, str(error)) from error
 
     async def _begin(self) -> None:
         """The tasks in the background. They end with `close`, as the handler has no nursery to lend them."""
@@ -959,67 +879,37 @@ class Writer:
         finally:
             self._leave()
 
-    def _announce(self) -> None:
-        """Makes the log, then says in the header that it is there. Blocks."""
-        storage, header = self._storage, self._header
-        end = -(-max(storage.size, self._cluster_size) >> self._bits) << self._bits
-        # Clusters may be in use that nobody has written to yet.
-        end = max(end, (Refcounts(self._pages, header).last_used(end >> self._bits) + 1) << self._bits)
-        size = -(-self._log_size >> self._bits) << self._bits
-        place = LogPlace(end, size, secrets.token_bytes(16))
-        cluster = storage.pread(0, self._cluster_size)
-        sector = cluster[:SECTOR]
-        at, extensions, opened = with_log(header, cluster, place)
+    def _lay_log(self) -> tuple[LogPlace, bytes]:
+        """Makes the log and what goes with it. Blocks; if it raises, nothing has happened."""
+        place = place_log(self._image, self._log_size)
+        self._open_space(place.offset + place.size)
         try:
-            storage.allocate(end, size)
-            Log.prepare(storage, place, sector)
-            if extensions:
-                storage.pwrite(at, [extensions])
-                storage.fdatasync()
-            self._open_space(end + size)
             # For refcount blocks, that nobody counts on.
             self._space.reserve(_SLACK * self._cluster_size)
+            return place, lay_log(self._image, place)
         except OSError:
-            # Nothing has begun yet.
-            storage.truncate(end)
+            # Reserved was what is behind the end.
+            self._storage.truncate(place.offset)
             raise
-        storage.pwrite(0, [opened])
-        storage.fdatasync()
-        self._pages.forget(0, self._pages.size)
-        self._sector = sector
-        self._image.log_range = (end, end + size)
-        self._log = Log(storage, place, self._pages.size)
 
     def _open_space(self, end: int) -> None:
         end = -(-end >> self._bits) << self._bits
         self._space = Space(self._storage, self._bits, end, packed=self._compress)
         self._changes = Changes(self._image, self._space)
+        self._packer = Packer(self._image, self._space, self._changes, compress=self._compress)
 
     async def recover(self) -> None:
         """Goes on where a log ended: brings everything into the tables."""
         chain = self._chain
         assert chain is not None
-        log = chain.log
-
-        def settle() -> None:
-            for at in chain.suspects:
-                self._storage.pwrite(at, [bytes(SECTOR)])
-            self._storage.fdatasync()
-            if chain.turned is not None:
-                log.write_state(chain.turned)
-            self._image.log_range = (log.place.offset, log.place.offset + log.place.size)
-            self._sector = self._storage.pread(log.place.offset + SAVED_SECTOR, SECTOR)
-            end = max(self._storage.size, log.place.offset + log.place.size)
-            last = Refcounts(self._pages, self._header).last_used(end >> self._bits)
-            self._open_space(max(end, (last + 1) << self._bits))
-
-        await self._in_thread(settle)
+        session, end = await self._in_thread(resume, self._image, chain)
+        self._open_space(end)
         self._space.reserve(_SLACK * self._cluster_size)
         for entry in self._cache.values():
             entry.cost = 3 * self._cluster_size + 2 * SECTOR
             self._logged += entry.logged.bit_count() * UNIT
             self._space.reserve(entry.cost)
-        self._log = log
+        self._session, self._log = session, session.log
         await self.destage()
         await self.flush()
         await self.checkpoint()
@@ -1045,22 +935,6 @@ class Writer:
                 await self.checkpoint()
             self._check()
             await self.punch()
-            await self._in_thread(self._renounce)
+            end = self._space.trim(*self._image.log_range)
+            await self._in_thread(renounce, self._image, self._session, end)
             self._log = None
-
-    def _renounce(self) -> None:
-        """The image is plain qcow2 again. Blocks."""
-        log, storage = self._log, self._storage
-        assert log is not None
-        now = self._pages.read(0, SECTOR)
-        sector = without_log(self._sector, now)
-        storage.pwrite(0, [sector])
-        storage.fdatasync()
-        place = log.place
-        end = self._space.trim(place.offset, place.size)
-        if end > place.offset:
-            storage.punch(place.offset, place.size)
-        storage.truncate(end)
-        # Once more: what is reserved behind the end is given back when the size does not change.
-        storage.truncate(end)
-        storage.fdatasync()

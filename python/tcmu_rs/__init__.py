@@ -21,6 +21,7 @@ from ._errors import (
 )
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
 from ._layers import Lower
+from ._memory import protect_memory
 from ._native import AesXts, Command, IoVec, Transfer, __version__, debug_build, fallocate, fdatasync
 from ._registry import handler_below
 from ._runtime import Device

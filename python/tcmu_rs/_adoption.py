@@ -37,9 +37,13 @@ class Claim:
         was_served: Whether another process has served it before: its initiators may rely on what that one stored.
     """
 
-    def __init__(self, backstore: Backstore, uio: UioDevice) -> None:
+    def __init__(self, backstore: Backstore, uio: UioDevice, fd: int | None = None) -> None:
         self.backstore = backstore
         self.uio = uio
+        self.was_served = True
+        if fd is not None:
+            self.fd = fd
+            return
         self.fd = _open(uio)
         try:
             # The reset of a ring takes away the one sign, and leaves the other.
@@ -101,6 +105,21 @@ def _refuse_served(uio: UioDevice) -> None:
             f"device {uio.name} exists already, process {pid} serves it",
             f"choose another name, or end it: tcmu-rs detach {uio.name}",
         )
+
+
+@_lio.own_errors
+def inherit(key: str, fd: int) -> Claim:
+    """The claim to a device `HBA/NAME` that its server hands over, with the open node.
+
+    Raises:
+        LioError: There is no such device (any more).
+    """
+    hba, _, name = key.partition("/")
+    backstore = _lio.find_backstore(name)
+    uio = _sysfs.find(int(hba), name)
+    if backstore is None or uio is None or backstore.hba != int(hba):
+        raise LioError(f"device {name} of user_{hba} is gone")
+    return Claim(backstore, uio, fd)
 
 
 @_lio.own_errors

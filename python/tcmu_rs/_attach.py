@@ -24,6 +24,7 @@ from ._slot import Slot
 if TYPE_CHECKING:
     from ._runtime import Device
     from ._statistics import DeviceStatistics
+    from ._upgrade import Inherited, Succession
 
 _log = logging.getLogger("tcmu_rs")
 
@@ -66,6 +67,11 @@ class AttachedDevice:
     def __repr__(self) -> str:
         return f"<AttachedDevice {self.name} {self.path or self.target or self.configfs}>"
 
+    @asynccontextmanager
+    async def _estate(self) -> AsyncIterator[dict[str, Device]]:
+        """What an upgrade hands over, by `HBA/NAME`; nothing is added to it within the block."""
+        yield {f"{self.hba}/{self.name}": self._server} if self._server else {}
+
     def statistics(self) -> DeviceStatistics:
         """Counters and times since the device is served, and what runs and waits now: see `Device.statistics`."""
         if self._server is None:
@@ -99,6 +105,8 @@ async def attach(
     allow_network: bool = False,
     max_sectors: int | None = None,
     data_area_mb: int | None = None,
+    data_pages_per_block: int | None = None,
+    ring_mb: int | None = None,
     cmd_time_out: int | None = None,
     deadline: float | None = None,
     copy_domain: CopyDomain | None = None,
@@ -107,6 +115,7 @@ async def attach(
     strict: bool = False,
     ready_within: float = 30.0,
     grace: float = 10.0,
+    _succession: Succession | None = None,
 ) -> AsyncIterator[AttachedDevice]:
     """Makes a disk from a handler, for the length of an `async with` block.
 
@@ -127,6 +136,8 @@ async def attach(
         allow_network: Permit a portal that other machines reach; there is no authentication.
         max_sectors: Largest transfer that initiators are told, in blocks.
         data_area_mb: Memory that commands in flight may fill, MiB.
+        data_pages_per_block: Pages that this memory is taken in: fewer and larger pieces for a handler, and more waste.
+        ring_mb: Memory for the commands themselves, MiB, 8 at most.
         cmd_time_out: Seconds after which the kernel fails a command that was not answered; 0 means never.
         deadline: Seconds after which we cancel a command and answer it as timed out, so that it is sent again; five
             sixths of `cmd_time_out` if None, `math.inf` for never.
@@ -165,9 +176,18 @@ async def attach(
         wwn=wwn,
         max_sectors=max_sectors,
         data_area_mb=data_area_mb,
+        data_pages_per_block=data_pages_per_block,
+        ring_mb=ring_mb,
         cmd_time_out=cmd_time_out,
     )
-    async with _claimed(shape if adopt else None, handler) as claim, _opened(handler, grace) as slot:
+    inherited = None
+    claiming: Callable[[], _adoption.Claim | None] | None = partial(shape.claim, handler) if adopt else None
+    if _succession is not None:
+        (key,) = _succession.devices
+        inherited = _succession.take(key)
+        assert inherited is not None
+        claiming = partial(shape.inherit, key, inherited.fd)
+    async with _claimed(claiming) as claim, _opened(handler, grace) as slot:
         check(handler)
         backstore = await _blocking(shape.verify, claim.backstore, handler) if claim else None
         if backstore is None:
@@ -182,7 +202,15 @@ async def attach(
                 )
             device = AttachedDevice(handler, backstore, uio, fabric)
             service = _Service(
-                device, slot, backstore, claim, strict=strict, grace=grace, deadline=deadline, copy_domain=copy_domain
+                device,
+                slot,
+                backstore,
+                claim,
+                inherited,
+                strict=strict,
+                grace=grace,
+                deadline=deadline,
+                copy_domain=copy_domain,
             )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(service.run_server, nursery)
@@ -262,6 +290,7 @@ class _Service:
         slot: Slot,
         backstore: _lio.Backstore,
         claim: _adoption.Claim | None,
+        inherited: Inherited | None,
         *,
         strict: bool,
         grace: float,
@@ -274,6 +303,7 @@ class _Service:
         self._slot = slot
         self._backstore = backstore
         self._claim = claim
+        self._inherited = inherited
         self._strict = strict
         self._grace = grace
         self._deadline = deadline
@@ -296,6 +326,7 @@ class _Service:
                     name=self._device.name,
                     wwn=self._device.wwn,
                     claimed=self._claim.fd if self._claim else None,
+                    inherited=self._inherited,
                     strict=self._strict,
                     grace=self._grace,
                     deadline=self._deadline,
@@ -308,7 +339,9 @@ class _Service:
             self.failed = True
             raise
         finally:
-            if self.left:
+            if self._is_anothers:
+                pass
+            elif self.left:
                 with trio.CancelScope(shield=True):
                     await _blocking(_adoption.fence, self._backstore)
             elif not self._no_lun.is_set():
@@ -357,13 +390,19 @@ class _Service:
 
     @property
     def left(self) -> bool:
-        """Whether the device stays for a successor."""
-        return self.leaves and self.failed
+        """Whether the device stays for a successor, or with the predecessor."""
+        return (self.leaves and self.failed) or self._is_anothers
+
+    @property
+    def _is_anothers(self) -> bool:
+        return self._inherited is not None and not self._inherited.is_ours
 
     async def end(self) -> None:
         """Removes the LUN with the server's help, or leaves it to a successor, then ends the server. To be shielded."""
         try:
-            if self.left:
+            if self._is_anothers:
+                pass
+            elif self.left:
                 _log.warning("%s: left in its place, blocked, until it is adopted", self._device.name)
                 await _blocking(_lio.block, self._backstore)
             else:
@@ -425,13 +464,26 @@ class _Shape:
                 raise
         return claim
 
+    def inherit(self, key: str, fd: int) -> _adoption.Claim:
+        """Takes over what the predecessor hands over."""
+        claim = _adoption.inherit(key, fd)
+        if claim.uio.config != _lio.device_config(self._handler, self._config):
+            raise _lio.LioError(f"{claim.uio.config} was handed over, not {self._handler}:{self._config}")
+        return claim
+
     def verify(self, backstore: _lio.Backstore, handler: Handler) -> _lio.Backstore:
         """Refuses a device that is not as it was asked for."""
         wanted: dict[str, object] = {"dev_size": handler.size, "hw_block_size": handler.block_size}
         limits = dict(self._limits)
         if (sectors := limits.pop("max_sectors")) is not None:
             wanted["hw_max_sectors"] = _lio.whole_pages(sectors, handler.block_size)
-        wanted |= {"max_data_area_mb": limits.pop("data_area_mb"), **limits}
+        names = {
+            "data_area_mb": "max_data_area_mb",
+            "data_pages_per_block": "data_pages_per_blk",
+            "ring_mb": "cmd_ring_size_mb",
+        }
+        # An old kernel does not have them all.
+        wanted |= {names.get(key, key): value for key, value in limits.items() if value is not None}
         wwn = self._wwn or _lio.default_wwn(backstore.name, _lio.device_config(self._handler, self._config))
         _adoption.check_same(backstore, wanted, wwn)
         return backstore
@@ -450,8 +502,10 @@ class _Shape:
 
 
 @asynccontextmanager
-async def _claimed(shape: _Shape | None, handler: Handler) -> AsyncIterator[_adoption.Claim | None]:
-    claim = await _blocking(shape.claim, handler) if shape else None
+async def _claimed(
+    claiming: Callable[[], _adoption.Claim | None] | None,
+) -> AsyncIterator[_adoption.Claim | None]:
+    claim = await _blocking(claiming) if claiming else None
     try:
         yield claim
     finally:

@@ -185,6 +185,10 @@ def _options(
 @click.option("--portal", default="127.0.0.1:3260", show_default=True, help="Where the iSCSI target listens.")
 @click.option("--allow-network", is_flag=True, help="Let other machines reach the portal. There is no password.")
 @click.option("--wwn", help="Serial number of the disk, a UUID.  [default: computed from name and SPEC]")
+@click.option("--max-sectors", type=int, help="Largest transfer, in blocks.  [default: the kernel's]")
+@click.option("--data-area-mb", type=int, help="Memory for the data of commands, MiB.  [default: the kernel's]")
+@click.option("--data-pages-per-block", type=int, help="Pages that this memory is taken in.  [default: 1]")
+@click.option("--ring-mb", type=int, help="Memory for commands, MiB.  [default: 8]")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
 @click.option("--lock-memory/--no-lock-memory", default=True, show_default=True, help="Keep the server in memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
@@ -225,7 +229,7 @@ def attach(
     handler_name, config = spec
     options = _options(size=size, create=create, read_only=read_only, block_size=block_size, extra=extra)
     handler = _find_class(handler_name, handler_class).from_config(config, options)
-    leash = None
+    leash = _supervise.Leash.inherited()
     if supervise:
         if not handler.persistent:
             raise click.UsageError(
@@ -241,7 +245,8 @@ def attach(
             claim.fence()
             claim.close()
 
-        leash = _serving.supervised(f"{handler_name}:{config}", hold)
+        leash = _serving.supervised(leash, f"{handler_name}:{config}", hold)
+    if leash is not None:
         name = leash.name or name
 
     def announce(device: _attach.AttachedDevice) -> None:
@@ -261,15 +266,17 @@ def attach(
         if leash is None or leash.first:
             print(json.dumps(record) if as_json else f"{device.name}\t{place}", flush=True)
 
-    attaching = functools.partial(
-        _attach.attach,
-        handler,
-        name,
-        spec=f"{handler_name}:{config}",
-        adopt=True,
-        leave_on_error=supervise,
-        **device_options,
-    )
+    def attaching(succession: Any) -> Any:
+        return _attach.attach(
+            handler,
+            name,
+            spec=f"{handler_name}:{config}",
+            adopt=True,
+            leave_on_error=supervise,
+            _succession=succession,
+            **device_options,
+        )
+
     _memory.protect_memory(lock=lock_memory)
     trio.run(_serving.serve_until_signal, attaching, announce, leash)
 
@@ -304,13 +311,13 @@ def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool, l
       tcmu-rs daemon file --replies
       targetcli /backstores/user:file create disk1 10G /var/tmp/disk.img
     """
-    from . import _daemon, _serving
+    from . import _daemon, _serving, _supervise
     from ._domain import CopyDomain
 
     handlers = {name: _registry.load(name) for name in names} if names else _installed()
-    leash = None
+    leash = _supervise.Leash.inherited()
     if supervise:
-        leash = _serving.supervised("the daemon", lambda _: _daemon.fence_unserved(handlers))
+        leash = _serving.supervised(leash, "the daemon", lambda _: _daemon.fence_unserved(handlers))
 
     def announce(_: _daemon.Daemon) -> None:
         if leash is not None:
@@ -319,9 +326,12 @@ def daemon(names: Sequence[str], replies: bool, copies: bool, supervise: bool, l
             print(f"serving devices of {', '.join(handlers)}", flush=True)
 
     copy_domain = CopyDomain() if copies else None
-    serve = functools.partial(_daemon.serving, handlers, replies=replies, copy_domain=copy_domain)
+
+    def serving(succession: Any) -> Any:
+        return _daemon.serving(handlers, replies=replies, copy_domain=copy_domain, _succession=succession)
+
     _memory.protect_memory(lock=lock_memory)
-    trio.run(_serving.serve_until_signal, serve, announce, leash)
+    trio.run(_serving.serve_until_signal, serving, announce, leash)
 
 
 def _installed() -> dict[str, Any]:
@@ -355,6 +365,42 @@ def detach(name: str, force: bool, timeout: float) -> None:
       tcmu-rs detach disk --force          although it is mounted: what is not written yet is lost
     """
     _devices.detach(name, force=force, within=timeout)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--all", "every", is_flag=True, help="Every server of the command line on this machine.")
+def upgrade(name: str | None, every: bool) -> None:
+    """Replace the process that serves the device NAME by a new one, without a gap.
+
+    The new process has the command line of the old one, and the version of tcmu-rs that is installed now. It takes the
+    open devices over between two commands: initiators wait a moment and see no error. If it cannot serve them, the old
+    one goes on. A process that serves several devices hands over all of them. Prints the name and the new process of
+    each device.
+
+    \b
+    Examples:
+      tcmu-rs upgrade disk
+      pip install --upgrade tcmu-rs && tcmu-rs upgrade --all
+    """
+    from . import _upgrade
+
+    if (name is None) != every:
+        raise click.UsageError("name one device, or say --all")
+    served = [device for device in _devices.devices() if device.pid is not None and name in (None, device.name)]
+    if not served and name is not None:
+        raise _lio.LioError(f"no process serves device {name}", "`tcmu-rs list` shows the devices")
+    failures = []
+    for pid in sorted({device.pid for device in served if device.pid is not None}):
+        try:
+            answer = trio.run(_upgrade.ask, pid)
+        except _upgrade.UpgradeError as error:
+            failures.append(str(error))
+        else:
+            for device in answer["devices"]:
+                print(f"{device}\t{answer['pid']}", flush=True)
+    if failures:
+        raise click.ClickException("; ".join(failures))
 
 
 @main.command("list")

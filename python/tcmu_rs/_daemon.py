@@ -23,11 +23,13 @@ from ._handler import Handler, Options, check
 from ._netlink import DeviceEvents, Rescan
 from ._runtime import GRACE, serve_uio, verbs
 from ._slot import Slot
+from ._upgrade import UpgradeError
 
 if TYPE_CHECKING:
     from ._native import DeviceEvent
     from ._runtime import Device
     from ._sysfs import UioDevice
+    from ._upgrade import Inherited, Succession
 
 _log = logging.getLogger("tcmu_rs")
 
@@ -43,6 +45,7 @@ class _Service:
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
         self.claim: _adoption.Claim | None = None
+        self.inherited: Inherited | None = None
         self.device: Device | None = None
         self.removed = False
 
@@ -63,17 +66,31 @@ class Daemon:
         events: DeviceEvents,
         grace: float,
         copy_domain: CopyDomain | None,
+        succession: Succession | None,
     ) -> None:
         self._handlers = handlers
         self._events = events
         self._grace = grace
+        self._succession = succession
         self._copy_domain = copy_domain
         self._services: dict[_Key, _Service] = {}
+        self._quiet = trio.Lock()
 
     @property
     def devices(self) -> list[Device]:
         """Those whose commands flow."""
         return [service.device for service in self._services.values() if service.device is not None]
+
+    @asynccontextmanager
+    async def _estate(self) -> AsyncIterator[dict[str, Device]]:
+        """What an upgrade hands over, by `HBA/NAME`; nothing is added to it within the block."""
+        async with self._quiet:
+            devices = {}
+            for (hba, name), service in self._services.items():
+                if service.device is None:
+                    raise UpgradeError(f"device {name} is just being opened or closed: try again")
+                devices[f"{hba}/{name}"] = service.device
+            yield devices
 
     def hurry(self) -> None:
         """Ends the grace period of devices that are stopping."""
@@ -82,14 +99,29 @@ class Daemon:
 
     async def _run(self, task_status: trio.TaskStatus[Daemon]) -> None:
         async with trio.open_nursery() as nursery:
+            if self._succession is not None:
+                await self._succeed(self._succession, nursery)
             self._rescan(nursery)
             nursery.start_soon(_control.offer, verbs(lambda: self.devices))
             task_status.started(self)
             async for event in self._events:
-                if isinstance(event, Rescan):
-                    self._rescan(nursery)
-                elif (parsed := _sysfs.parse_uio_name(event.name)) and self._handler_of(parsed[2]):
-                    await self._take(event, parsed[:2], nursery)
+                async with self._quiet:
+                    if isinstance(event, Rescan):
+                        self._rescan(nursery)
+                    elif (parsed := _sysfs.parse_uio_name(event.name)) and self._handler_of(parsed[2]):
+                        await self._take(event, parsed[:2], nursery)
+
+    async def _succeed(self, succession: Succession, nursery: trio.Nursery) -> None:
+        """Serves what the predecessor hands over, and looks at nothing else before that one has let go."""
+        for key in succession.devices:
+            inherited = succession.take(key)
+            assert inherited is not None
+            claim = await trio.to_thread.run_sync(_adoption.inherit, key, inherited.fd)
+            service = _Service(claim.uio)
+            service.claim, service.inherited = claim, inherited
+            self._services[claim.uio.hba, claim.uio.name] = service
+            nursery.start_soon(self._serve, service, None)
+        await succession.committed.wait()
 
     async def _take(self, event: DeviceEvent, key: _Key, nursery: trio.Nursery) -> None:
         if event.kind == "removed":
@@ -131,6 +163,8 @@ class Daemon:
             with service.scope:
                 await self._open_and_serve(service, event)
         except Exception as group:
+            if service.inherited is not None and not service.inherited.is_ours:
+                raise
             for error in _leaves(group):
                 expected = isinstance(error, OSError | ValueError | TypeError | DeviceError | _lio.LioError)
                 _log.error("%s: not served: %s", uio.name, error, exc_info=None if expected else error)
@@ -144,7 +178,9 @@ class Daemon:
         kind = self._handler_of(uio.config)
         assert kind is not None
         async with AsyncExitStack() as stack:
-            if event is None:
+            if service.claim is not None:
+                stack.callback(service.claim.close)
+            elif event is None:
                 # Before the storage is opened, which may take long: what the process before us left waits already.
                 await self._claim(service, backstore, stack)
             await self._open_handler_and_serve(service, kind, backstore, event, stack)
@@ -212,6 +248,7 @@ class Daemon:
             name=service.uio.name,
             wwn=await _serial(backstore),
             claimed=service.claim.fd if service.claim else None,
+            inherited=service.inherited,
             before_stop=service.block,
             grace=self._grace,
             copy_domain=self._copy_domain,
@@ -257,6 +294,7 @@ async def serve_all(
     *,
     replies: bool = False,
     grace: float = GRACE,
+    _succession: Succession | None = None,
     copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Daemon] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -284,7 +322,7 @@ async def serve_all(
         if replies:
             events.set_features(True)
         _log.debug("process %d serves %s", os.getpid(), ", ".join(handlers))
-        await Daemon(handlers, events, grace, copy_domain)._run(task_status)
+        await Daemon(handlers, events, grace, copy_domain, _succession)._run(task_status)
 
 
 @asynccontextmanager
@@ -294,9 +332,12 @@ async def serving(
     replies: bool = False,
     grace: float = GRACE,
     copy_domain: CopyDomain | None = None,
+    _succession: Succession | None = None,
 ) -> AsyncIterator[Daemon]:
     """`serve_all` for the length of an `async with` block."""
+    serve = functools.partial(
+        serve_all, handlers, replies=replies, grace=grace, copy_domain=copy_domain, _succession=_succession
+    )
     async with trio.open_nursery() as nursery:
-        serve = functools.partial(serve_all, handlers, replies=replies, grace=grace, copy_domain=copy_domain)
         yield await nursery.start(serve)
         nursery.cancel_scope.cancel()

@@ -35,6 +35,7 @@ from ._slot import Face, Slot
 if TYPE_CHECKING:
     from . import _control
     from ._sysfs import UioDevice
+    from ._upgrade import Inherited
 
 logger = logging.getLogger("tcmu_rs")
 
@@ -164,6 +165,7 @@ class Device:
         self._bugs: set[tuple[str, str]] = set()
         self._nursery: trio.Nursery | None = None
         self._stop_requested = trio.Event()
+        self._resumed: trio.Event | None = None
 
     def __repr__(self) -> str:
         return f"<tcmu_rs.Device {self.name!r}, {self.size} bytes, served by {type(self.handler).__name__}>"
@@ -187,6 +189,54 @@ class Device:
         self._grace = grace
         if self._winding_down is not None:
             self._winding_down.deadline = trio.current_time() + grace
+
+    def fileno(self) -> int:
+        """The descriptor of the device."""
+        return self._ring.fileno()
+
+    async def pause(self, within: float) -> None:
+        """Takes no more commands, and returns when there are none in flight; what comes then waits in the ring.
+
+        Args:
+            within: Seconds that the commands may take.
+
+        Raises:
+            TooSlowError: One takes longer. The device goes on.
+            BusyResourceError: Its handler is just being replaced. The device goes on.
+        """
+        try:
+            self._exchange.acquire_nowait()
+        except trio.WouldBlock:
+            raise trio.BusyResourceError(f"{self.name}: its handler is just being replaced") from None
+        self._resumed = trio.Event()
+        try:
+            with trio.fail_after(within):
+                # Some ends of commands wake nobody up, and this is rare.
+                while self._is_working():  # noqa: ASYNC110
+                    await trio.sleep(0.002)
+        except trio.TooSlowError:
+            self.resume()
+            raise trio.TooSlowError(f"{self.name}: a command has not ended within {within:g} s") from None
+        except BaseException:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        """Takes commands again, after `pause` in the same task; nothing if it does."""
+        if self._resumed is not None:
+            self._resumed.set()
+            self._resumed = None
+            self._exchange.release()
+
+    def _is_working(self) -> bool:
+        waiting = self._pending or self._waiting_pieces or self._dirty
+        return bool(self._running or self._copies or waiting or self._ring.quiescent_at() is None)
+
+    def estate(self) -> dict[str, Any]:
+        """What another process needs to go on with the ring of a paused device, beside the descriptor."""
+        self._free_released()
+        unit = self._ring.unit_state()
+        return {"position": self._ring.quiescent_at(), "unit": unit, "kept": self._ring.kept()}
 
     # Another handler.
 
@@ -438,11 +488,13 @@ class Device:
         """Waits for the ring and takes a batch."""
         self._pumping = True
         try:
-            if self._ring.pending():
+            if self._resumed is not None:
+                await self._resumed.wait()
+            elif self._ring.pending():
                 await trio.lowlevel.checkpoint()
             else:
                 await trio.lowlevel.wait_readable(self._ring.fileno())
-            if self._stopping:
+            if self._stopping or self._resumed is not None:
                 return
             parked = self._parked
             batch = self._ring.drain(BATCH, parked is not None)
@@ -896,6 +948,7 @@ async def serve_ring(
     deadline: float = math.inf,
     free_kept: Callable[[int], None] | None = None,
     before_stop: Callable[[], None] | None = None,
+    begin: Callable[[_native.Ring, _native.LogicalUnit | None], Awaitable[None]] | None = None,
     copy_domain: CopyDomain | None = None,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -914,6 +967,7 @@ async def serve_ring(
         deadline: Seconds that a command may take: then it is cancelled, and answered as timed out.
         free_kept: Tells the kernel that a kept buffer is free.
         before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
+        begin: Called before the first command is taken, for what goes on from another process.
         copy_domain: The disks that initiators may copy from and to, beside this one itself.
         task_status: Gets the `Device` once commands flow.
 
@@ -935,6 +989,12 @@ async def serve_ring(
         intercept=has(handler, "scsi_command"),
         fills_reads=getattr(handler, "fills_reads", False),
     )
+    if begin is not None:
+        try:
+            await begin(ring, unit)
+        except BaseException:
+            ring.close()
+            raise
     device = Device(
         slot,
         ring,
@@ -1016,6 +1076,7 @@ async def serve_uio(
     name: str,
     wwn: str,
     claimed: int | None = None,
+    inherited: Inherited | None = None,
     strict: bool = False,
     grace: float = GRACE,
     deadline: float | None = None,
@@ -1032,6 +1093,7 @@ async def serve_uio(
         wwn: The backstore's unit serial number.
         claimed: The node, open already, of a device that is blocked and whose ring is empty (`_adoption.Claim.fence`).
             It is unblocked when commands flow. The descriptor stays the caller's.
+        inherited: A device that another process hands over. Its descriptor stays the caller's.
         strict: As for `serve_ring`.
         grace: As for `serve_ring`.
         deadline: As for `serve_ring`; None for five sixths of the time after which the kernel gives a command up.
@@ -1045,7 +1107,9 @@ async def serve_uio(
     """
     if deadline is None:
         deadline = await trio.to_thread.run_sync(_deadline_of, uio)
-    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if claimed is None else claimed
+    lent = inherited.fd if inherited is not None else claimed
+    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if lent is None else lent
+    free_kept = functools.partial(_action, uio, "free_kept_buf")
     try:
 
         async def serve(task_status: trio.TaskStatus[Device]) -> None:
@@ -1060,19 +1124,23 @@ async def serve_uio(
                 strict=strict,
                 grace=grace,
                 deadline=deadline,
-                free_kept=functools.partial(_action, uio, "free_kept_buf"),
+                free_kept=free_kept,
                 before_stop=before_stop,
+                begin=inherited.begin if inherited is not None else None,
                 copy_domain=copy_domain,
                 task_status=task_status,
             )
 
-        if claimed is None:
+        if lent is None:
             await serve(task_status)
             return
         async with trio.open_nursery() as nursery:
             device = await nursery.start(serve)
-            await trio.to_thread.run_sync(_action, uio, "block_dev", 0)
+            if inherited is None:
+                await trio.to_thread.run_sync(_action, uio, "block_dev", 0)
+            else:
+                nursery.start_soon(inherited.free_kept, free_kept)
             task_status.started(device)
     finally:
-        if claimed is None:
+        if lent is None:
             os.close(fd)

@@ -150,6 +150,8 @@ class Keeper:
 
     def follow(self, pid: int, sock: socket.socket, name: str) -> None:
         """Takes a server over that runs already, as the child of this process."""
+        sock.set_inheritable(False)
+        sock.setblocking(False)
         self._servers[""] = _Server("", name, pid, sock, ready=True)
 
     def run(self) -> Leash:
@@ -171,6 +173,7 @@ class Keeper:
         for number in (*_STOP, signal.SIGCHLD):
             # Something has to be called, for the wake-up to be written.
             self._handlers[number] = signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._handlers)
         # An heir is a child of the server that it succeeds, and comes to us when that one leaves.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         with suppress(OSError):
@@ -292,3 +295,16 @@ class Keeper:
             how,
             f" in {delay:g} s; it has crashed {server.crashes} times in a row" if delay else "",
         )
+
+
+def _keep(arguments: list[str]) -> None:
+    """What a server becomes that has handed its devices to its child: the parent of that one (`_upgrade`)."""
+    pid, fd, name = arguments
+    keeper = Keeper(name, restart=False)
+    keeper.follow(int(pid), socket.socket(fileno=int(fd)), name)
+    keeper.run()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(name)s: %(message)s")
+    _keep(sys.argv[1:])

@@ -99,6 +99,7 @@ pub struct Device {
     keeps_buffers: bool,
     reads_len: bool,
     parking: Parking<Response>,
+    kept: Mutex<Vec<u16>>,
     exclusion: Exclusion<Waiter>,
     granted: Mutex<Vec<Token>>,
     wake: OnceLock<OwnedFd>,
@@ -134,6 +135,7 @@ impl Device {
             event: Mutex::new(Some(Arc::new(event))),
             unit,
             parking: Parking::default(),
+            kept: Mutex::default(),
             exclusion: Exclusion::default(),
             granted: Mutex::default(),
             wake: OnceLock::new(),
@@ -355,6 +357,18 @@ impl Device {
         lock(&self.ring).in_flight()
     }
 
+    /// Where another process may go on with the ring, if nothing is in flight here; see [`Ring::quiescent_at`].
+    #[must_use]
+    pub fn quiescent_at(&self) -> Option<u32> {
+        lock(&self.ring).quiescent_at()
+    }
+
+    /// Ids of commands that were answered while views of their data were left, and whose buffers the kernel keeps.
+    #[must_use]
+    pub fn kept(&self) -> Vec<u16> {
+        lock(&self.kept).clone()
+    }
+
     /// Readable when the last view of an answered command went away: [`Device::reap`] is due. Made at the first call;
     /// what was released before is not lost, if `reap` is called once after it.
     ///
@@ -386,6 +400,7 @@ impl Device {
                 None => kept.push(id.0),
             }
         }
+        lock(&self.kept).retain(|id| !kept.contains(id));
         self.commit()?;
         Ok(kept)
     }
@@ -719,6 +734,7 @@ impl Claim {
         let answered = self.device.parking.close(self.id, &self.lease, |closed| match closed {
             Closed::Lent { views } if self.device.keeps_buffers => {
                 let kept = Response { keep_buf: true, ..response };
+                lock(&self.device.kept).push(self.id.0);
                 (complete(kept).map(|()| Answered::Kept { views }), None)
             }
             Closed::Lent { views } => (Ok(Answered::Held { views }), Some(response)),

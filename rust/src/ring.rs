@@ -316,6 +316,13 @@ impl Ring {
         &self.mapping
     }
 
+    /// Where somebody else may go on: everything before is answered and handed back, and nothing behind was looked at.
+    /// `None` while it is not so.
+    #[must_use]
+    pub fn quiescent_at(&self) -> Option<u32> {
+        (!self.dead && self.slots.is_empty() && self.published_tail == self.next).then_some(self.next)
+    }
+
     /// Where the oldest entry is that was not handed back; 0 in a ring that nobody has served.
     #[must_use]
     pub fn tail(&self) -> u32 {

@@ -50,6 +50,7 @@ GUEST_PACKAGES = (
     "e2fsprogs",
     "fio",
     "libiscsi-bin",
+    "qemu-utils",
     "sdparm",
     "sg3-utils",
     "util-linux",

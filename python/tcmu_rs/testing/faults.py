@@ -37,7 +37,7 @@ import trio
 
 from .. import _registry
 from .._errors import ScsiError
-from .._handler import BlockHandler, Options
+from .._handler import BlockHandler, ExtentState, Options
 from .._layers import Lower
 from .._native import IoVec
 
@@ -220,6 +220,7 @@ class Faulty(BlockHandler):
         self.can_flush = lower.has_cache
         self.can_discard = lower.can_discard
         self.can_write_zeroes = lower.can_write_zeroes
+        self.can_extents = lower.can_extents
 
     async def aclose(self) -> None:
         """Closes what is below."""
@@ -273,6 +274,10 @@ class Faulty(BlockHandler):
     async def write_zeroes(self, offset: int, length: int) -> None:
         """Zeroes, or not."""
         await self._clear("write_zeroes", offset, length)
+
+    async def extents(self, offset: int, length: int) -> Sequence[tuple[int, ExtentState]]:
+        """Passes down: no rule is about it."""
+        return await self._lower.extents(offset, length)
 
     async def _clear(self, verb: str, offset: int, length: int) -> None:
         call = self._lower.discard if verb == "discard" else self._lower.write_zeroes

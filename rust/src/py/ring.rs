@@ -141,6 +141,21 @@ impl Ring {
         Ok(list)
     }
 
+    /// Where another process may go on with the ring; None while commands are in flight here.
+    fn quiescent_at(&self) -> Option<u32> {
+        self.device.quiescent_at()
+    }
+
+    /// What initiators have set of the emulated unit, for `LogicalUnit.restore` in another process; None without one.
+    fn unit_state(&self) -> Option<Vec<(&'static str, u64)>> {
+        self.device.unit().map(|unit| unit.state())
+    }
+
+    /// Ids that wait for `free_kept_buf`.
+    fn kept(&self) -> Vec<u16> {
+        self.device.kept()
+    }
+
     /// A piece of a copy is to touch so many bytes. Returns its name, and whether it may begin; if not, `granted` has it
     /// when it may.
     fn enter(&self, offset: u64, length: u64) -> (u64, bool) {

@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyTuple};
 
@@ -80,6 +80,31 @@ impl Simulator {
                 (done.ticket.0, done.status, sense, data_in, done.residual).into_pyobject(py)
             })
             .collect()
+    }
+
+    /// The initiator sends many commands with one event, for benchmarks.
+    #[pyo3(signature = (cdbs, data_out = None, data_in = 0))]
+    fn submit_batch(&self, cdbs: Vec<[u8; 16]>, data_out: Option<&Bound<'_, PyBytes>>, data_in: usize) {
+        let mut kernel = self.kernel();
+        kernel.plug();
+        for cdb in cdbs {
+            let data_out = data_out.map_or_else(Vec::new, |bytes| bytes.as_bytes().to_vec());
+            kernel.submit(Request { cdb: cdb.to_vec(), data_out, data_in });
+        }
+        kernel.unplug();
+    }
+
+    /// Takes completions and tells only how many, for benchmarks.
+    ///
+    /// Raises RuntimeError if one of them is not GOOD.
+    fn process_batch(&self) -> PyResult<usize> {
+        let finished = self.kernel().process();
+        match finished.iter().find(|done| done.status != 0) {
+            Some(bad) => {
+                Err(PyRuntimeError::new_err(format!("status {:#x}, sense {:02x?}", bad.status, bad.sense)))
+            }
+            None => Ok(finished.len()),
+        }
     }
 
     /// Holds events back until `unplug`.

@@ -76,6 +76,21 @@ impl LogicalUnit {
     fn size(&self) -> u64 {
         self.unit.size()
     }
+
+    /// What initiators have set, for the unit that goes on in another process.
+    fn state(&self) -> Vec<(&'static str, u64)> {
+        self.unit.state()
+    }
+
+    /// Takes over what `state` returned in another process. Raises ValueError, and changes nothing, if that one knew more
+    /// than this one.
+    #[pyo3(signature = (state, /))]
+    fn restore(&self, state: Vec<(String, u64)>) -> PyResult<()> {
+        if self.unit.restore(&state) {
+            return Ok(());
+        }
+        Err(PyValueError::new_err(format!("the state of the unit has something unknown here: {state:?}")))
+    }
 }
 
 /// Units between which initiators may copy; see `tcmu_rs.CopyDomain`.

@@ -35,6 +35,21 @@ impl Job {
         (value >> STATE, value as u16)
     }
 
+    /// The state as a number, for [`Job::set_number`] in another process.
+    pub(super) fn to_number(&self) -> u32 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Takes a state over. One that is running elsewhere, which nobody hands over, would never end here: it has failed.
+    pub(super) fn set_number(&self, number: u32) {
+        let state = match number >> STATE {
+            FORMATTING => FORMAT_FAILED,
+            SANITIZING => SANITIZE_FAILED,
+            state => state.min(SANITIZE_FAILED_MAY_EXIT),
+        };
+        self.0.store(state << STATE, Ordering::Release);
+    }
+
     /// Why the medium cannot be used, if it cannot.
     pub(super) fn condition(&self) -> Option<Sense> {
         Some(match self.state() {

@@ -132,6 +132,47 @@ impl LogicalUnit {
         })
     }
 
+    /// What initiators have set or may have been told, for the unit that goes on in another process: names and numbers.
+    #[must_use]
+    pub fn state(&self) -> Vec<(&'static str, u64)> {
+        let mut state: Vec<_> = self
+            .flags()
+            .iter()
+            .map(|(name, flag)| (*name, u64::from(flag.load(Ordering::Acquire))))
+            .collect();
+        state.push(("job", self.job.to_number().into()));
+        state
+    }
+
+    /// Takes over the state of the unit in another process. False, and nothing is changed, if a name is unknown: that
+    /// process knew more of the unit than this one does.
+    pub fn restore(&self, state: &[(String, u64)]) -> bool {
+        let flags = self.flags();
+        let find = |name: &str| flags.iter().find(|(known, _)| *known == name).map(|(_, flag)| *flag);
+        if !state.iter().all(|(name, _)| name == "job" || find(name).is_some()) {
+            return false;
+        }
+        for (name, value) in state {
+            match find(name) {
+                Some(flag) => flag.store(*value != 0, Ordering::Release),
+                None => self.job.set_number(u32::try_from(*value).unwrap_or_default()),
+            }
+        }
+        true
+    }
+
+    const fn flags(&self) -> [(&'static str, &AtomicBool); 7] {
+        [
+            ("write cache", &self.write_cache),
+            ("descriptor sense", &self.descriptor_sense),
+            ("software write protect", &self.software_write_protect),
+            ("stopped", &self.stopped),
+            ("ejected", &self.ejected),
+            ("removal prevented", &self.removal_prevented),
+            ("capacity changed", &self.capacity_changed),
+        ]
+    }
+
     /// Looks at a command: its CDB (which may be longer than the command needs) and its data buffer. Whatever the
     /// bytes are, there is an answer, and steps are in range and inside the buffer.
     ///

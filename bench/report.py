@@ -1,0 +1,87 @@
+"""How figures are kept: a section of `RESULTS.md` for each benchmark, with its conditions, table and plots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .conditions import conditions
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "RESULTS.md"
+PLOTS = HERE / "plots"
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Markdown; numbers on the right."""
+    align = ["---"] + ["---:"] * (len(heading) - 1)
+    lines = [heading, align, *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def plot(
+    name: str,
+    title: str,
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[float]],
+    *,
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+) -> str:
+    """Draws lines over a logarithmic axis into `plots/NAME.png`; returns the text that shows it."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "(No plot: `pip install --group bench` has matplotlib.)"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for label, values in lines.items():
+        axes.plot(list(x), list(values), marker="o", label=label)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(x), [f"{value:g}" for value in x])
+    if log_y:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    PLOTS.mkdir(exist_ok=True)
+    figure.savefig(PLOTS / f"{name}.png", dpi=110)
+    pyplot.close(figure)
+    return f"![{title}](plots/{name}.png)"
+
+
+def stated(**more: object) -> str:
+    """The conditions as a list."""
+    return "\n".join(f"- {name}: {value}" for name, value in {**conditions(), **more}.items())
+
+
+def publish(module: str, text: str, *, write: bool) -> None:
+    """Prints a section, and on request puts it into `RESULTS.md` in place of the one before.
+
+    Args:
+        module: The benchmark, by which the section is found.
+        text: What is below its heading.
+        write: Change the file.
+    """
+    section = f"## `python -m {module}`\n\n{text}\n"
+    print(section)
+    if not write:
+        return
+    before = RESULTS.read_text()
+    old = re.compile(rf"^## `python -m {re.escape(module)}`.*?(?=^## |\Z)", re.M | re.S)
+    after, found = old.subn(lambda _: section + "\n", before)
+    if not found:
+        after = before.rstrip() + "\n\n" + section
+    RESULTS.write_text(after.rstrip() + "\n")
