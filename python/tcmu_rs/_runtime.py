@@ -577,7 +577,7 @@ class Device:
                             result = await _resume(coroutine, trap)
                         finally:
                             if cmd_id is not None:
-                                self._resumed(cmd_id, cmd)
+                                self._not_suspended(cmd_id, cmd)
                     if result is not None:
                         self._check_result(self._method(verb), result)
                     del coroutine
@@ -653,9 +653,9 @@ class Device:
             await trio.lowlevel.checkpoint()
         finally:
             if cmd_id is not None:
-                self._resumed(cmd_id, cmd)
+                self._not_suspended(cmd_id, cmd)
 
-    def _resumed(self, cmd_id: int, cmd: _native.Command) -> None:
+    def _not_suspended(self, cmd_id: int, cmd: _native.Command) -> None:
         # One that has gone on behind its abort has left the id to others.
         if cmd_id in self._suspended and self._suspended[cmd_id][1] is cmd:
             del self._suspended[cmd_id]
