@@ -30,7 +30,7 @@ from . import _errors, _files, _native, _statistics, _watchdog
 from ._domain import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 from ._late import Overseer, Suspended
-from ._slot import Face, Slot
+from ._slot import Face, NobodyServesError, Slot
 
 if TYPE_CHECKING:
     from . import _control
@@ -277,7 +277,7 @@ class Device:
                     await self._flush()
             try:
                 await self._slot.exchange(handler, self._face, within)
-            except RuntimeError as error:
+            except NobodyServesError as error:
                 self._fail(error)
                 raise
         finally:
@@ -326,8 +326,10 @@ class Device:
         self._nudge()
 
     def _fail(self, error: Exception) -> None:
+        # At once: nothing may begin any more, with a handler that is closed.
+        self._stopping = True
+
         async def fail() -> None:
-            self._stopping = True
             raise error
 
         if self._nursery is not None:
