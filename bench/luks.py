@@ -1,6 +1,6 @@
 """LUKS side by side: ours on the simulator, `qemu-nbd` and nbdkit's luks filter over NBD, in turn, in one run.
 
-    python -m bench.luks [--seconds 1] [--rounds 3] [--quick] [--directory /var/tmp]
+    python -m bench.luks [--seconds 1] [--rounds 3] [--quick] [--cipher] [--directory /var/tmp]
 
 **The transports differ.** Ours is driven through the simulated ring by a generator in the same Python process, on one
 core; the peers by fio through a Unix socket, on as many cores as there are. So the column to compare first is the
@@ -32,9 +32,10 @@ from pathlib import Path
 
 import trio
 
-from tcmu_rs import BlockHandler, IoVec
+from tcmu_rs import AesXts, BlockHandler, IoVec
 from tcmu_rs.handlers.file import FileHandler
 from tcmu_rs.handlers.luks import LuksHandler, format_luks
+from tcmu_rs.handlers.luks.cipher import FreshXts, KeptXts, SectorCipher
 from tcmu_rs.handlers.luks.kdf import Pbkdf2
 from tcmu_rs.testing import simulated
 
@@ -193,6 +194,27 @@ def fill(handler: BlockHandler) -> None:
     trio.run(write)
 
 
+def ciphers() -> None:
+    """Prints what the encryption alone costs, each way: `--cipher`."""
+    sizes = [(sector_size, length) for sector_size in (512, 4096) for length in (4096, 65536, 262144)]
+    heading = " | ".join(f"{length >> 10}K, sectors of {sector_size}" for sector_size, length in sizes)
+    print(f"| AES-256-XTS, decryption in place | {heading} |\n|{' --- |' * (len(sizes) + 1)}")
+    for name, kind in (("Rust", AesXts), ("OpenSSL, kept contexts", KeptXts), ("OpenSSL, new contexts", FreshXts)):
+        cells = []
+        for sector_size, length in sizes:
+            sectors: SectorCipher = kind(bytearray(range(64)), sector_size)
+            iov = IoVec([bytearray(length)])
+            calls = max((1 << 16) // length, 1)
+            times = []
+            for _ in range(100):
+                start = time.perf_counter()
+                for _ in range(calls):
+                    sectors.decrypt(0, iov)
+                times.append((time.perf_counter() - start) / calls)
+            cells.append(f"{min(times) * 1e6:.1f} µs ({length / min(times) / 1e9:.1f} GB/s)")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def report(figures: dict[str, list[list[Figure]]]) -> None:
     """Prints the table, and how far the targets are met."""
     heading = " | ".join(f"{pattern} {length >> 10}K, depth {depth}" for pattern, length, depth in PATTERNS)
@@ -227,11 +249,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each figure")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round of 0.3 seconds each")
+    parser.add_argument("--cipher", action="store_true", help="the encryption alone, each way that there is")
     parser.add_argument("--directory", default="/var/tmp")
     arguments = parser.parse_args()
     seconds, rounds = (0.3, 1) if arguments.quick else (arguments.seconds, arguments.rounds)
     for name, value in conditions().items():
         print(f"- {name}: {value}")
+    if arguments.cipher:
+        print("- the lowest of 100\n")
+        ciphers()
+        return
     print(
         f"- {rounds} rounds of {seconds:g} s: median of the rates, lowest processor time; image of {SIZE >> 20} MiB\n"
     )

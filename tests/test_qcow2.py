@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from tcmu_rs import IoVec, Options
-from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, ZstdHandler, create
+from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, Storage, ZstdHandler, create
 from tcmu_rs.testing import check_block_handler
 
 from .conftest import Log
@@ -374,3 +374,66 @@ async def test_flushes_that_wait_share_one_record(tmp_path: Path) -> None:
             for at in range(0, MIB, 32768):
                 nursery.start_soon(write_and_flush, at)
         assert disk.statistics()["commits"] <= 4
+
+
+async def test_the_refcount_table_grows(tmp_path: Path) -> None:
+    """Clusters of 512 bytes: a table of one cluster is enough for 8 MiB."""
+    path = tmp_path / "disk.qcow2"
+    create(path, 32 * MIB, cluster_size=512)
+    data = random.Random(1).randbytes(MIB)
+    async with Qcow2Handler(path) as disk:
+        for at in range(0, 12 * MIB, MIB):
+            await disk.write(at, IoVec([data]))
+        await disk.flush()
+        shutil.copy(path, tmp_path / "left.qcow2")
+        for at in range(12 * MIB, 20 * MIB, MIB):
+            await disk.write(at, IoVec([data]))
+    check(path)
+    assert raw(path) == data * 20 + bytes(12 * MIB)
+    assert (await contents(tmp_path / "left.qcow2"))[: 12 * MIB] == data * 12
+
+
+class _BrokenStorage(Storage):
+    """A disk that loses power, as far as fdatasync knows."""
+
+    broken = False
+
+    def fdatasync(self) -> None:
+        if self.broken:
+            raise OSError(errno.EIO, "Input/output error")
+        super().fdatasync()
+
+
+async def test_a_failed_flush_is_never_forgotten(tmp_path: Path, log: Log) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, MIB)
+    files: list[_BrokenStorage] = []
+
+    def opener(path: Path, *, writable: bool) -> Storage:
+        files.append(_BrokenStorage(path, writable=writable))
+        return files[-1]
+
+    disk = Qcow2Handler(path, idle=None, storage=opener)
+    await disk.open()
+    await disk.write(0, IoVec([b"a" * 4096]))
+    await disk.flush()
+    await disk.write(0, IoVec([b"b" * 4096]))
+    files[0].broken = True
+    with pytest.raises(OSError, match="Input/output error"):
+        await disk.flush()
+    files[0].broken = False
+    for _ in range(2):
+        with pytest.raises(OSError, match="an earlier flush failed"):
+            await disk.flush()
+        with pytest.raises(OSError, match="an earlier flush failed"):
+            await disk.write(8192, IoVec([b"c" * 4096]))
+    found = bytearray(4096)
+    await disk.read(0, IoVec([found]))
+    assert found == b"b" * 4096
+    with pytest.raises(OSError, match="an earlier flush failed"):
+        await disk.aclose()
+    log.expect("nothing is written any more")
+    async with Qcow2Handler(path):
+        pass
+    check(path)
+    assert raw(path)[:4096] in (b"a" * 4096, b"b" * 4096)

@@ -45,7 +45,10 @@ _PAGES = 4
 """Pages of L2 and refcounts that one change of the map dirties, at most, where the tables are there."""
 _MANY_DROPPED = 4096
 """Places that wait for a record, to be used again, before one is made for them; fewer in small images."""
+_FEW = 32
+"""Parts of a record that is made in the loop."""
 _SLACK = 8
+"""Clusters that are reserved for refcount blocks."""
 _SMALL = 64 << 20
 """Bytes of an image that is looked through at once, before the first change."""
 
@@ -673,7 +676,11 @@ class Writer:
             self._call_destagers()
 
     async def _append(self, log: Log, record: Record) -> None:
-        data = await self._in_thread(log.encode, record)
+        if len(record.pages) + len(record.pieces) + len(record.extents) <= _FEW:
+            # Encoded sooner than a thread begins.
+            data = log.encode(record)
+        else:
+            data = await self._in_thread(log.encode, record)
         if len(data) > log.room:
             self._fail(OSError(errno.EFBIG, f"{len(data)} bytes of changes do not fit into the log"))
             self._check()

@@ -12,6 +12,9 @@ serves real devices. It fills Data-In with a pattern first and overwrites the da
 the test when a byte was never written, a command was answered twice, or the ring was handled against the rules.
 
 `check_block_handler` checks a handler against every obligation of its interface, and says which one is broken.
+
+Modules beside this: `model` compares a handler with a bytearray by Hypothesis, `faults` is a disk that misbehaves on
+command, `crash` looks for what a handler loses when the power fails.
 """
 
 from ._conformance import BrokenObligation, Obligation, check_block_handler
