@@ -1,7 +1,7 @@
 """The machine that serves the disks loses its power: what was flushed is there when it comes up again.
 
-On request: `TCMU_POWER_CUTS=20 python -m pytest tests/test_power_cut.py`, half a minute for each. What the guest's kernel had in memory is lost; the order of what had reached the
-virtual disk is what `tests/test_crash.py` is about.
+On request, half a minute for each cut: `TCMU_POWER_CUTS=20 python -m pytest tests/test_power_cut.py`. What the guest's
+kernel had in memory is lost; the order of what had reached the virtual disk is what `tests/test_crash.py` is about.
 """
 
 from __future__ import annotations
