@@ -189,15 +189,38 @@ async def test_a_new_handler_that_does_not_open_leaves_the_old_one_in_its_place(
     assert events == ["old opens", "old flushes", "old closes", "new opens", "old opens", "old closes"]
 
 
+async def test_a_new_handler_that_breaks_in_any_way_does_not_end_the_device() -> None:
+    for failure in (RuntimeError("no idea"), KeyError("config"), trio.TooSlowError()):
+        events: list[str] = []
+        old, new = Logged("old", events), Logged("new", events)
+        new.failure = failure
+        async with simulated(old) as disk:
+            with pytest.raises(type(failure)):
+                await disk.device.replace(new)
+            await disk.write(0, bytes(BLOCK))
+
+
 async def test_when_neither_opens_the_device_ends() -> None:
+    """What waited is told to come again, and nothing is asked of a handler that is closed."""
     events: list[str] = []
     old, new = Logged("old", events), Logged("new", events)
     new.failure = OSError(2, "No such file")
+    new.gate = trio.Event()
     with pytest.raises(ExceptionGroup) as caught:
         async with simulated(old) as disk:
             old.failure = OSError(5, "Input/output error")
-            with pytest.raises(RuntimeError, match=r"No such file.*nor did Logged again.*Input/output"):
-                await disk.device.replace(new)
+
+            async def replace() -> None:
+                with pytest.raises(RuntimeError, match=r"No such file.*nor did Logged again.*Input/output"):
+                    await disk.device.replace(new)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(replace)
+                await wait_all_tasks_blocked()
+                parked = [disk.submit(write16(block), bytes(BLOCK)) for block in range(8)]
+                await wait_all_tasks_blocked()
+                new.gate.set()
+                assert {(await disk.wait(ticket)).status for ticket in parked} == {BUSY}
             waiting = disk.submit(read16(0), data_in=BLOCK)
             assert (await disk.wait(waiting)).status == BUSY
     assert caught.group_contains(RuntimeError, match="nor did Logged again")

@@ -12,6 +12,10 @@ from ._handler import METHODS, BlockHandler, Handler, Verb, check, has
 _log = logging.getLogger("tcmu_rs")
 
 
+class NobodyServesError(RuntimeError):
+    """Neither the new handler nor the old one could be opened."""
+
+
 @dataclass(frozen=True, slots=True)
 class Face:
     """What initiators were told when the device appeared, and rely on: any later handler has to stand for it.
@@ -100,7 +104,7 @@ class Slot:
         Error handling: if the new one does not open, or is refused, the old one is opened again.
 
         Raises:
-            RuntimeError: The old one could not be opened again; nobody serves now. The reason is its cause.
+            NobodyServesError: The old one could not be opened again. The reason is its cause.
             Exception: What the new one raised, or `Face.check`; the old one is in its place.
         """
         old = self.handler
@@ -116,7 +120,7 @@ class Slot:
                     await old.open()
                     face.check(old)
                 except Exception as second:
-                    raise RuntimeError(
+                    raise NobodyServesError(
                         f"{type(handler).__name__} did not open ({error}), nor did {type(old).__name__} again: {second}"
                     ) from second
                 self._open = True

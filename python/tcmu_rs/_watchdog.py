@@ -19,7 +19,7 @@ from . import _where
 
 _log = logging.getLogger("tcmu_rs")
 
-PATIENCE = 5.0
+PATIENCE = 10.0
 """Seconds without a sign of life before it is told."""
 
 

@@ -34,7 +34,8 @@ def events(path: str) -> Iterator[None]:
     try:
         yield
         assert int((device / "ioerr_cnt").read_text(), 16) == before
-        assert log.complaints() == []
+        # Said of each mapping by a process that locks its memory: it is looked through up to the first missing page.
+        assert [line for line in log.complaints() if "Invalid addr to data page" not in line] == []
     finally:
         log.close()
 
