@@ -256,3 +256,19 @@ async def test_a_handler_that_looks_at_commands_first() -> None:
         handler.data[:BLOCK] = b"\x07" * BLOCK
         (await disk.scsi(*extended_copy(disk, disk, 0, 8, 1))).check()
         assert handler.data[8 * BLOCK : 9 * BLOCK] == b"\x07" * BLOCK
+
+
+async def test_statistics_show_a_piece_that_takes_long() -> None:
+    domain = CopyDomain()
+    source, target = Memory(), Memory()
+    target.gate = trio.Event()
+    async with (
+        simulated(source, name="source", copy_domain=domain) as one,
+        simulated(target, name="target", copy_domain=domain) as other,
+    ):
+        ticket = one.submit(*extended_copy(one, other, 0, 0, 1))
+        await trio.testing.wait_all_tasks_blocked()
+        for disk in (one, other):
+            assert disk.device.statistics() is not None
+        target.gate.set()
+        (await one.wait(ticket)).check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+import pytest
 import trio
 import trio.testing
 
@@ -11,6 +12,7 @@ from tcmu_rs import BlockHandler, Command, ExtentState, IoVec
 from tcmu_rs.testing import LUN_RESET, SimulatedDisk, simulated
 
 from .conftest import Log
+from .disks import TASK_ABORTED
 
 BLOCK = 512
 BLOCKS = 16384
@@ -256,3 +258,28 @@ async def test_a_reset_lets_the_medium_be_removed_again() -> None:
         assert (await disk.scsi(eject)).sense_code == (0x5, 0x53, 0x02)
         disk.abort(kind=LUN_RESET)
         (await disk.scsi(eject)).check()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_sanitize_goes_on_when_it_is_aborted(waits: bool) -> None:
+    """It did not, as SBC-4 wants it to: the abort left a disk that took nothing but another SANITIZE."""
+    sanitize = struct.pack(">BB5xHB", 0x48, 0x01, 8, 0), struct.pack(">BBHL", 1, 0, 4, 0)
+    handler = Memory()
+    handler.gate = trio.Event()
+    async with simulated(handler) as disk:
+        write = disk.submit(bytes([0x0A, 0, 0, 0, 1, 0]), b"\x07" * BLOCK) if waits else None
+        await trio.testing.wait_all_tasks_blocked()
+        ticket = disk.submit(*sanitize)
+        await trio.testing.wait_all_tasks_blocked()
+        disk.abort(ticket)
+        assert (await disk.wait(ticket)).status == TASK_ABORTED
+        # Its id is another command's now, whose abort is none of its business.
+        other = disk.submit(TEST_UNIT_READY)
+        disk.abort(other)
+        await disk.wait(other)
+        assert (await disk.scsi(TEST_UNIT_READY)).sense_code == (0x2, 0x04, 0x1B)
+        handler.gate.set()
+        if write is not None:
+            (await disk.wait(write)).check()
+        assert set(await wait_until_ready(disk)) <= {(0x2, 0x04, 0x1B)}
+        assert not any(handler.data)

@@ -190,7 +190,7 @@ def _options(
 @click.option("--data-pages-per-block", type=int, help="Pages that this memory is taken in.  [default: 1]")
 @click.option("--ring-mb", type=int, help="Memory for commands, MiB.  [default: 8]")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
-@click.option("--lock-memory/--no-lock-memory", default=True, show_default=True, help="Keep the server in memory.")
+@click.option("--lock-memory", is_flag=True, help="Keep the server in memory; the kernel logs a line per device.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def attach(
     spec: tuple[str, str],
@@ -287,7 +287,7 @@ def attach(
 @click.option("--copies", is_flag=True, help="Let initiators copy between the devices.")
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
 @click.option("--isolate", is_flag=True, help="One process for each device, started again when it crashes.")
-@click.option("--lock-memory/--no-lock-memory", default=True, show_default=True, help="Keep the server in memory.")
+@click.option("--lock-memory", is_flag=True, help="Keep the server in memory; the kernel logs a line per device.")
 def daemon(
     names: Sequence[str], replies: bool, copies: bool, supervise: bool, isolate: bool, lock_memory: bool
 ) -> None:

@@ -83,6 +83,10 @@ class Piece:
         """Nanoseconds since it was asked for."""
         return time.monotonic_ns() - self._begun
 
+    def detach(self) -> bool:
+        """Whether it goes on when it is aborted."""
+        return False
+
     def begin(self) -> int:
         """The verb."""
         return self.verb

@@ -20,14 +20,16 @@ _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 
 
 def protect_memory(*, lock: bool = True) -> list[str]:
-    """Makes this process fit to serve disks that its own machine mounts. `tcmu-rs attach` and `daemon` do it.
+    """Makes this process fit to serve disks that its own machine mounts. `tcmu-rs attach` and `daemon` do it, the
+    second part with `--lock-memory`.
 
     To be called before threads are started: they inherit it.
 
     - Its memory allocations do not wait for file systems and block devices, and its writes are not slowed down with
       those of others (prctl(2), `PR_SET_IO_FLUSHER`; Linux 5.6).
     - What it has touched stays in memory (mlockall(2) with `MCL_ONFAULT`): code, heap and stacks are neither swapped
-      out to its own disk nor dropped and read again. Untouched parts cost nothing.
+      out to its own disk nor dropped and read again. Untouched parts cost nothing. The kernel looks for pages of a
+      device's data area that are not there yet, and logs `Invalid addr to data page mapping`, which is harmless.
     - The OOM killer spares it (`oom_score_adj`).
 
     Args:

@@ -579,7 +579,7 @@ class Device:
                             result = await _resume(coroutine, trap)
                         finally:
                             if cmd_id is not None:
-                                del self._suspended[cmd_id]
+                                self._not_suspended(cmd_id, cmd)
                     if result is not None:
                         self._check_result(self._method(verb), result)
                     del coroutine
@@ -655,7 +655,12 @@ class Device:
             await trio.lowlevel.checkpoint()
         finally:
             if cmd_id is not None:
-                del self._suspended[cmd_id]
+                self._not_suspended(cmd_id, cmd)
+
+    def _not_suspended(self, cmd_id: int, cmd: _native.Command) -> None:
+        # One that has gone on behind its abort has left the id to others.
+        if cmd_id in self._suspended and self._suspended[cmd_id][1] is cmd:
+            del self._suspended[cmd_id]
 
     def _failure(self, error: Exception, verb: int | None) -> _errors.Failure:
         writing = verb not in (None, Verb.READ)
@@ -765,8 +770,14 @@ class Device:
     def _abort(self, ids: list[int]) -> None:
         for cmd_id in ids:
             if cmd_id in self._suspended:
-                self._suspended[cmd_id][0].cancel()
-        waiting = [cmd for cmd in self._waiting() if cmd.id in ids and not cmd.answered]
+                scope, cmd, *_ = self._suspended[cmd_id]
+                if cmd.detach():
+                    # A SANITIZE: it goes on, like one with IMMED.
+                    del self._suspended[cmd_id]
+                    self._dirty = True
+                else:
+                    scope.cancel()
+        waiting = [cmd for cmd in self._waiting() if cmd.id in ids and not cmd.answered and not cmd.detach()]
         for cmd in waiting:
             self._take_out(cmd)
             cmd.fail(*_ABORTED)

@@ -319,6 +319,7 @@ impl Device {
         for waiter in self.exclusion.waiting_with_ids(|id| tmr.commands.contains(&CmdId(id))) {
             if let Waiter::Command(claim, _) = waiter
                 && !claim.is_answered()
+                && !claim.detach()?
             {
                 claim.answer(Reply::status(Status::TaskAborted))?;
             }
@@ -686,6 +687,19 @@ impl Claim {
         if self.lease.release() {
             self.device.released(self.id);
         }
+    }
+
+    /// The command is aborted. `true`: that has been answered, and it goes on all the same, as a SANITIZE does (SBC-4);
+    /// `false`: nothing was done, and it is to end.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ring`] from the answer.
+    pub fn detach(&self) -> Result<bool, DeviceError> {
+        let outlives = lock(&self.place).task.as_ref().is_some_and(Task::outlives_abort);
+        if outlives {
+            self.send(Reply::status(Status::TaskAborted))?;
+        }
+        Ok(outlives)
     }
 
     /// The step has failed with `reply`: answers as the command has it.

@@ -13,6 +13,9 @@ import re
 from pathlib import Path
 
 import pytest
+import trio
+
+import tcmu_rs
 
 from . import libiscsi
 from .everything import Everything, KernelLog, served
@@ -24,7 +27,17 @@ PASSES = 194
 """What was reached. A command that the emulation learns raises it."""
 
 _TABLE = Path(__file__).parents[2] / "docs/scsi.md"
-_ROW = re.compile(r"^\| `(?P<name>[\w.-]+)` \| (?P<verdict>skipped|failed) \| (?P<whose>[^|]+) \|", re.MULTILINE)
+_ROW = re.compile(r"^\| `(?P<name>[\w.-]+)` \| (?P<verdict>skipped|failed|varies) \| (?P<whose>[^|]+) \|", re.MULTILINE)
+
+
+class Leisurely(Everything):
+    """Takes its time to overwrite the whole disk: one test wants to meet a SANITIZE that is still going."""
+
+    async def write(self, offset: int, iov: tcmu_rs.IoVec) -> None:  # type: ignore[override]
+        """Waits where a SANITIZE writes."""
+        super().write(offset, iov)
+        if iov.nbytes == 1 << 20:
+            await trio.sleep(0.2)
 
 
 def known() -> dict[str, str]:
@@ -37,7 +50,7 @@ def known() -> dict[str, str]:
 def test_the_suite() -> None:
     log = KernelLog()
     # Sanitizing erases all of the disk, which is why the suite wants to be told that it may.
-    with served(Everything(SIZE), name="disk", fabric="iscsi") as device:
+    with served(Leisurely(SIZE), name="disk", fabric="iscsi") as device:
         score = libiscsi.run(
             f"iscsi://127.0.0.1:3260/{device.target}/0",
             libiscsi.list_tests(),
@@ -47,9 +60,9 @@ def test_the_suite() -> None:
     print(score)
     print(score.report("skipped", "failed"))
     table = known()
-    assert [name for name in score.tests("failed") if table.get(name) != "failed"] == []
+    assert [name for name in score.tests("failed") if table.get(name) not in ("failed", "varies")] == []
     assert [name for name in score.tests("skipped") if table.get(name) != "skipped"] == []
-    assert [name for name in score.tests("passed") if name in table] == []
+    assert [name for name in score.tests("passed") if table.get(name, "varies") != "varies"] == []
     assert len(score.tests("passed")) >= PASSES
     assert [line for line in log.lines() if re.search(r"BUG|WARNING|Oops|blocked for|stall", line)] == []
 

@@ -387,6 +387,11 @@ impl Command {
         }))
     }
 
+    /// The command is aborted. True: that is answered, and it goes on all the same (SANITIZE); False: it is to end.
+    fn detach(&self) -> PyResult<bool> {
+        Ok(self.claim.detach()?)
+    }
+
     /// The step succeeded. True: there is another one, even if the command is answered by now (IMMED); False: there is
     /// no more to do.
     ///

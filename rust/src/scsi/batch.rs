@@ -71,6 +71,11 @@ impl Batch {
         }
     }
 
+    /// Whether this is a SANITIZE, which nothing but its end may end.
+    pub(super) fn sanitizes(&self) -> bool {
+        self.progress.as_ref().is_some_and(|progress| progress.running.sanitizes())
+    }
+
     /// What is touched: by an operation on the whole medium also what the medium grows by; otherwise everything from the
     /// first to the last byte, of which `start..end` is the first step's.
     pub(super) fn reach(&self, start: u64, end: u64) -> Reach {

@@ -112,6 +112,10 @@ impl Running {
         self.job.0.store(state | progress.min(0xffff) as u32, Ordering::Release);
     }
 
+    pub(super) const fn sanitizes(&self) -> bool {
+        matches!(self.failed, SANITIZE_FAILED | SANITIZE_FAILED_MAY_EXIT)
+    }
+
     pub(super) fn succeed(mut self) {
         self.failed = IDLE;
     }

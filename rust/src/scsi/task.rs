@@ -43,6 +43,12 @@ pub(super) enum Stage {
 }
 
 impl Task {
+    /// Whether the command goes on when it is aborted.
+    #[must_use]
+    pub fn outlives_abort(&self) -> bool {
+        matches!(&self.0, Stage::Batch(batch) if batch.sanitizes())
+    }
+
     /// What the whole command touches, known with its first step.
     #[must_use]
     pub fn reach(&self, first: &Step) -> Reach {
