@@ -365,15 +365,13 @@ async def test_flushes_that_wait_share_one_record(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     create(path, MIB)
     async with Qcow2Handler(path, idle=None) as disk:
-
-        async def write_and_flush(at: int) -> None:
+        for at in range(0, MIB, 32768):
             await disk.write(at, IoVec([b"x" * 4096]))
-            await disk.flush()
-
         async with trio.open_nursery() as nursery:
-            for at in range(0, MIB, 32768):
-                nursery.start_soon(write_and_flush, at)
-        assert disk.statistics()["commits"] <= 4
+            for _ in range(32):
+                nursery.start_soon(disk.flush)
+        # All of them ask in one pass of the loop: the first makes a record, and one more could be for the others.
+        assert disk.statistics()["commits"] <= 2
 
 
 async def test_the_refcount_table_grows(tmp_path: Path) -> None:
