@@ -15,7 +15,7 @@ help:
 	@echo 'make test    every check: format, lint, types, Rust, Python, the lab'
 	@echo 'make check   the fast ones only: no lab, no fuzzing'
 	@echo 'make wheel   a manylinux wheel and the sdist, in dist/'
-	@echo 'make bench   cost per command on the simulator'
+	@echo 'make bench   cost per command on the simulator, and beside nbdkit (minutes)'
 	@echo 'make judges  libiscsi, sg3_utils and scsi_debug judge the emulation (many minutes)'
 	@echo 'make fuzz    fuzz all targets (SECONDS=60 each)'
 
@@ -91,7 +91,10 @@ wheel: $(VENV)/bootstrap
 	@ls -l dist
 
 bench: $(VENV)/develop
-	$(BIN)/python bench/micro.py
+	$(BIN)/pip install --quiet --disable-pip-version-check --group bench
+	$(BIN)/python -m bench.micro
+	$(BIN)/python -m bench.simulator --quick
+	$(BIN)/python -m bench.native --quick
 
 clean:
 	rm -rf $(VENV) target dist rust/fuzz/target

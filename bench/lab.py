@@ -169,7 +169,7 @@ def tcmu_runner(root: Path, file: Path) -> Iterator[str]:
     Path("/etc/tcmu/tcmu.conf").touch()
     bus = subprocess.Popen(["dbus-daemon", "--system", "--nofork", "--nopidfile"], stderr=subprocess.DEVNULL)
     with Path("/tmp/tcmu-runner.out").open("w") as log:
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries)}
+        environment = {**os.environ, "LD_LIBRARY_PATH": f"{libraries}:{root / 'lib/x86_64-linux-gnu'}"}
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         time.sleep(3)

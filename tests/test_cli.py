@@ -11,6 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+import tcmu_rs
 from tcmu_rs import _cli, _devices, _doctor, _lio
 
 COMMANDS = ["attach", "check", "copy", "create", "detach", "doctor", "handlers", "info", "list"]
@@ -288,3 +289,16 @@ def test_what_a_handler_takes_is_told() -> None:
     assert "tcmu-rs create luks:CONFIG" in told and "-o version=1" in told
     assert "tcmu-rs create" not in run("handlers", "ram").stdout
     assert "no handler 'nothing'" in run("handlers", "nothing").stderr
+
+
+def test_a_handler_that_takes_no_configuration_can_be_attached() -> None:
+    """The command line says that a person may be asked, which is no configuration."""
+
+    class Disk(tcmu_rs.BlockHandler):
+        pass
+
+    options = _cli._options(size=None, create=False, read_only=True, block_size=None, extra=[])
+    assert isinstance(Disk.from_config("", options), Disk)
+    options = _cli._options(size=512, create=False, read_only=False, block_size=None, extra=[])
+    with pytest.raises(ValueError, match="Disk takes no configuration"):
+        Disk.from_config("", options)

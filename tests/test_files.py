@@ -118,6 +118,18 @@ async def test_what_the_page_cache_has_does_not_suspend(fd: int, content: bytes)
     assert target == content
 
 
+async def test_files_in_memory_have_nothing_to_wait_for() -> None:
+    """tmpfs does not know RWF_NOWAIT, which once sent every transfer through a thread of the kernel."""
+    fd = os.memfd_create("memory")
+    try:
+        assert not suspends(write(fd, 100, IoVec([b"abc", b"def"])))
+        target = bytearray(6)
+        assert not suspends(read(fd, 100, IoVec([target])))
+        assert target == b"abcdef"
+    finally:
+        os.close(fd)
+
+
 @uring
 async def test_a_mixture_of_cold_and_warm(fd: int, content: bytes) -> None:
     cold(fd)

@@ -13,6 +13,7 @@ import pytest
 from tcmu_rs import BlockHandler
 from tcmu_rs.handlers.qcow2 import Qcow2Handler
 from tcmu_rs.handlers.qcow2 import log as log_module
+from tcmu_rs.handlers.qcow2.changes import Changes
 from tcmu_rs.handlers.qcow2.pages import Pages
 from tcmu_rs.handlers.qcow2.writer import Writer
 from tcmu_rs.testing.crash import LostWrite, Medium, check_power_cuts, recorded_file
@@ -112,14 +113,19 @@ def forget_what_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_freed_space_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = Writer._take
+    change = Changes._map
 
-    def early(self: Writer, *, images: bool) -> Any:
-        record, dropped, *rest = take(self, images=images)
-        self._release(dropped)
-        return record, [], *rest
+    def early(self: Changes, cluster: int, entry: int, bitmap: int) -> None:
+        change(self, cluster, entry, bitmap)
+        dropped, self.dropped = self.dropped, []
+        for offset, length in dropped:
+            self.pending.discard(offset)
+            if length:
+                self._space.free(offset, length)
+            else:
+                self._space.free_cluster(offset)
 
-    monkeypatch.setattr(Writer, "_take", early)
+    monkeypatch.setattr(Changes, "_map", early)
 
 
 def trust_the_last_record(monkeypatch: pytest.MonkeyPatch) -> None:

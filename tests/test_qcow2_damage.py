@@ -95,11 +95,11 @@ async def use(image: Image, *, writing: bool) -> None:
         for call, offset, iov in calls:
             try:
                 await call(offset, iov)  # type: ignore[misc]
-            except (Qcow2Error, OSError, ScsiError):
+            except (OSError, ScsiError):
                 continue
         try:
             await handler.aclose()
-        except (Qcow2Error, OSError, ScsiError):
+        except (OSError, ScsiError):
             return
 
 

@@ -814,8 +814,8 @@ class Writer:
 
         try:
             await trio.to_thread.run_sync(write)
-        except OSError as error:
-            self._fail(error)
+        except Exception as error:
+            self._fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
         else:
             for page in flying:
                 page.flying = False

@@ -122,7 +122,7 @@ class Handler:
         Raises:
             ValueError: The text or an option means nothing to this handler; the message says what would.
         """
-        if config or options != Options(read_only=options.read_only):
+        if config or options != Options(read_only=options.read_only, interactive=options.interactive):
             raise ValueError(f"{cls.__name__} takes no configuration, not {config!r}")
         return cls()
 

@@ -113,9 +113,10 @@ impl<M: Memory> Transfer<M> {
             return Ok(false);
         }
         let mut vectors = Vectors::default();
+        let mut flags = libc::RWF_NOWAIT;
         loop {
             self.gather(&mut vectors);
-            match syscall::vectored(self, &vectors, libc::RWF_NOWAIT) {
+            match syscall::vectored(self, &vectors, flags) {
                 Ok(bytes) => {
                     if self.moved(bytes)? {
                         return Ok(true);
@@ -128,8 +129,14 @@ impl<M: Memory> Transfer<M> {
                             self.tries = true;
                             Ok(false)
                         }
-                        // The file system does not know the flag, or not for this.
-                        Some(libc::EOPNOTSUPP | libc::EINVAL) => Ok(false),
+                        // The file system does not know the flag, or not for this; tmpfs has nothing to wait for.
+                        Some(libc::EOPNOTSUPP | libc::EINVAL) if flags != 0 => {
+                            if syscall::is_memory(self.fd) {
+                                flags = 0;
+                                continue;
+                            }
+                            Ok(false)
+                        }
                         _ => Err(error),
                     };
                 }
