@@ -204,7 +204,8 @@ def guest(arguments: argparse.Namespace) -> None:
         subprocess.run(["mkfs.ext4", "-q", "/dev/vda"], check=True)
         subprocess.run(["mount", "/dev/vda", directory], check=True)
     else:
-        directory = Path(tempfile.mkdtemp(dir="/tmp"))
+        # $TMPDIR is a tmpfs; /tmp is an overlay, which knows no RWF_NOWAIT.
+        directory = Path(tempfile.mkdtemp())
     here = f"{__package__}.lab"
     root = Path(arguments.tcmu_runner)
     consumers: dict[str, Callable[[], AbstractContextManager[str]]] = {

@@ -54,15 +54,16 @@ class Figure:
 
 
 def big(make: type[Memory]) -> Callable[[], Memory]:
-    """A disk of `SIZE` bytes of that colour."""
+    """Disks of `SIZE` bytes of that colour, which share their memory: two hundred of them would need all there is."""
+    memory = bytearray(SIZE)
 
     class Big(make):  # type: ignore[misc, valid-type]
         size = SIZE
         max_in_flight = 128
 
         def __init__(self) -> None:
-            self.data = bytearray(SIZE)
-            self.view = memoryview(self.data)
+            self.data = memory
+            self.view = memoryview(memory)
 
     return Big
 

@@ -161,6 +161,7 @@ def test_killed_daemon_is_succeeded_and_the_initiator_sees_a_pause_only(image: P
             _lio.withdraw(exposure)
 
 
+@pytest.mark.judges
 @pytest.mark.parametrize("copies", [False, True], ids=["by default", "--copies"])
 def test_copies_between_devices_are_an_option(copies: bool) -> None:
     data = os.urandom(1 << 20)
