@@ -1,0 +1,174 @@
+"""What runs out or breaks under a disk, by the real means of the kernel; what users see; that it comes back."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import trio
+
+import tcmu_rs
+from tcmu_rs.handlers.file import FileHandler
+
+_T = TypeVar("_T")
+PIECE = 64 << 10
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@contextmanager
+def tmpfs(where: Path, size: str) -> Iterator[Path]:
+    where.mkdir()
+    run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(where))
+    try:
+        yield where
+    finally:
+        run("umount", str(where))
+
+
+@contextmanager
+def loop(path: Path, size: int) -> Iterator[str]:
+    with path.open("wb") as file:
+        file.truncate(size)
+    device = run("losetup", "-f", "--show", str(path)).strip()
+    try:
+        yield device
+    finally:
+        run("losetup", "-d", device)
+
+
+class Initiator:
+    """Reads and writes around the page cache, and tells the error number; 0 if there was none."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+        self._memory = mmap.mmap(-1, PIECE)
+
+    async def _try(self, what: Callable[[], int]) -> int:
+        def call() -> int:
+            try:
+                return 0 if what() in (PIECE, None) else -1
+            except OSError as error:
+                return error.errno or -1
+
+        return await trio.to_thread.run_sync(call)
+
+    async def write(self, piece: int) -> int:
+        self._memory[:] = bytes([piece % 255 + 1]) * PIECE
+        return await self._try(lambda: os.pwrite(self._fd, self._memory, piece * PIECE))
+
+    async def read(self, piece: int) -> int:
+        return await self._try(lambda: os.preadv(self._fd, [self._memory], piece * PIECE))
+
+    def holds(self, piece: int) -> bool:
+        """Whether what was read is what was written there."""
+        return self._memory[:] == bytes([piece % 255 + 1]) * PIECE
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+@asynccontextmanager
+async def attached(handler: FileHandler, name: str) -> AsyncIterator[Initiator]:
+    async with tcmu_rs.attach(handler, name) as disk:
+        assert disk.path is not None
+        initiator = Initiator(disk.path)
+        try:
+            yield initiator
+        finally:
+            initiator.close()
+
+
+async def test_a_file_system_that_is_full(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "full", "8m") as where:
+        ballast = where / "ballast"
+        ballast.write_bytes(bytes(6 << 20))
+        async with attached(FileHandler(where / "disk", size=64 << 20, create=True), "full") as initiator:
+            errors = [await initiator.write(piece) for piece in range(64)]
+            assert errors[0] == 0
+            assert errors[-1] == errno.ENOSPC
+            assert set(errors) == {0, errno.ENOSPC}
+            # What was stored is there, and the device goes on.
+            assert await initiator.read(0) == 0
+            assert initiator.holds(0)
+            ballast.unlink()
+            assert [await initiator.write(piece) for piece in range(64)] == [0] * 64
+            assert await initiator.read(63) == 0
+            assert initiator.holds(63)
+
+
+async def test_a_file_system_that_turns_read_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with tmpfs(tmp_path / "images", "64m") as images, loop(images / "ext4", 32 << 20) as device:
+        run("mkfs.ext4", "-q", device)
+        where = tmp_path / "mount"
+        where.mkdir()
+        run("mount", "-o", "errors=remount-ro", device, str(where))
+        try:
+            handler = FileHandler(where / "disk", size=16 << 20, create=True, direct=True, block_size=4096)
+            async with attached(handler, "frozen") as initiator:
+                assert await initiator.write(1) == 0
+                Path(f"/sys/fs/ext4/{Path(device).name}/trigger_fs_error").write_text("1")
+                assert await initiator.write(2) != 0
+                assert "Read-only file system" in caplog.text
+                assert await initiator.read(1) == 0
+                assert initiator.holds(1)
+        finally:
+            run("umount", str(where))
+
+
+async def test_a_disk_that_fails_and_comes_back(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "images", "64m") as images, loop(images / "disk", 32 << 20) as device:
+        sectors = (32 << 20) // 512
+
+        def table(target: str) -> None:
+            run("dmsetup", "suspend", "--noflush", "flaky")
+            run("dmsetup", "load", "flaky", "--table", f"0 {sectors} {target}")
+            run("dmsetup", "resume", "flaky")
+
+        linear = f"linear {device} 0"
+        run("dmsetup", "create", "--noudevsync", "flaky", "--table", f"0 {sectors} {linear}")
+        try:
+            handler = FileHandler("/dev/mapper/flaky", direct=True, block_size=4096)
+            async with attached(handler, "flaky") as initiator:
+                assert await initiator.write(3) == 0
+                await trio.to_thread.run_sync(table, "error")
+                assert await initiator.write(4) == errno.EIO
+                assert await initiator.read(3) == errno.EIO
+                await trio.to_thread.run_sync(table, linear)
+                assert await initiator.read(3) == 0
+                assert initiator.holds(3)
+                assert await initiator.write(4) == 0
+        finally:
+            run("dmsetup", "remove", "--retry", "flaky")
+
+
+async def test_a_disk_that_vanishes(tmp_path: Path) -> None:
+    """Another disk of ours, which is taken out of the machine under the one that is on it; another one replaces it."""
+    with tmpfs(tmp_path / "images", "64m") as images:
+        lower = FileHandler(images / "lower", size=32 << 20, create=True, block_size=4096)
+        async with tcmu_rs.attach(lower, "lower") as below:
+            assert below.path is not None
+            handler = FileHandler(below.path, direct=True, block_size=4096)
+            async with tcmu_rs.attach(handler, "upper") as disk:
+                assert disk.path is not None
+                initiator = Initiator(disk.path)
+                assert await initiator.write(5) == 0
+                delete = Path("/sys/class/block", Path(below.path).name, "device/delete")
+                await trio.to_thread.run_sync(delete.write_text, "1")
+                assert await initiator.read(5) in (errno.EIO, errno.EREMOTEIO)
+                assert await initiator.write(6) in (errno.EIO, errno.EREMOTEIO)
+                fresh = FileHandler(images / "fresh", size=32 << 20, create=True, block_size=4096)
+                await disk.replace(fresh)
+                assert await initiator.write(6) == 0
+                assert await initiator.read(6) == 0
+                assert initiator.holds(6)
+                initiator.close()
