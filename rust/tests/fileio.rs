@@ -59,6 +59,8 @@ struct Shared {
 }
 
 impl Shared {
+    // Shared with what the kernel holds, by one thread.
+    #[allow(clippy::arc_with_non_send_sync)]
     fn new(bytes: &[u8]) -> Self {
         let bytes = Arc::new(bytes.iter().map(|&byte| UnsafeCell::new(byte)).collect());
         Self { bytes, held: Arc::default() }
