@@ -155,6 +155,8 @@ class _Copy:
         self._finds_extents = source.can_extents and source.discard_zeroes
         self._extents: deque[tuple[int, bool]] = deque()
 
+    # Ctrl-C ends it where it waits, not between any two lines.
+    @trio.lowlevel.enable_ki_protection
     async def run(self) -> Progress:
         size = self._source.size
         head = min(HEAD, size)
@@ -189,6 +191,7 @@ class _Copy:
         choosing = trio.Lock()
         self._extents.clear()
 
+        @trio.lowlevel.enable_ki_protection
         async def work() -> None:
             nonlocal at
             with memoryview(bytearray(CHUNK)) as buffer:
