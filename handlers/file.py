@@ -238,6 +238,9 @@ class FileHandler(BlockHandler):
             if fua and error.errno == errno.EIO:
                 # The kernel has reported the failed write-back with this, whatever it was of: see `flush`.
                 self._sync_failed = error
+            if error.errno == errno.ENOSPC and self._ends_before(offset + iov.nbytes):
+                # What the kernel says of a device that was taken out of the machine. It is not full.
+                raise OSError(errno.ENXIO, "the device is gone, or smaller than it was") from error
             raise
 
     async def flush(self) -> None:
@@ -280,6 +283,9 @@ class FileHandler(BlockHandler):
                 data = hole
             offset = data
         return found
+
+    def _ends_before(self, offset: int) -> bool:
+        return stat.S_ISBLK(os.fstat(self._fd).st_mode) and os.lseek(self._fd, 0, os.SEEK_END) < offset
 
     async def _zero(self, mode: int, offset: int, length: int) -> None:
         try:

@@ -183,8 +183,7 @@ class Keeper:
             # Something has to be called, for the wake-up to be written.
             self._handlers[number] = signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._handlers)
-        # An heir is a child of the server that it succeeds, and comes to us when that one leaves.
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        become_subreaper()
         with suppress(OSError):
             self._score = Path("/proc/self/oom_score_adj").read_text()
             Path("/proc/self/oom_score_adj").write_text("-1000")
@@ -307,6 +306,14 @@ class Keeper:
             how,
             f" in {delay:g} s; it has crashed {server.crashes} times in a row" if delay else "",
         )
+
+
+def become_subreaper() -> None:
+    """An heir is a child of the server that it succeeds, and comes to this process when that one leaves.
+
+    What is set lasts over the start of another program (prctl(2)).
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _keep(arguments: list[str]) -> None:

@@ -37,7 +37,7 @@ import trio
 
 from . import _control, _lio
 from ._control import Channel, ControlError
-from ._supervise import Leash
+from ._supervise import Leash, become_subreaper
 
 if TYPE_CHECKING:
     from ._native import LogicalUnit, Ring
@@ -55,6 +55,8 @@ _QUIET_WITHIN = 5.0
 """Seconds for commands in flight to end. Initiators wait meanwhile, and after 30 s lose patience."""
 _OPENS_WITHIN = 15.0
 """Seconds for a handler to close, and for the successor's to open."""
+_OFFERS_WITHIN = 5.0
+"""Seconds for a server that has just begun to offer the verb."""
 
 
 class UpgradeError(Exception):
@@ -87,6 +89,8 @@ class Heir:
             # Signals wait until the new program can hear them.
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD])
             self.leash.set_inheritable(True)
+            # Now, and not when the new program is ready: by then the heir may have left to an heir of its own.
+            become_subreaper()
             keep = [str(self.pid), str(self.leash.fileno()), name]
             with suppress(OSError):
                 os.execv(sys.executable, [sys.executable, "-m", "tcmu_rs._supervise", *keep])
@@ -351,6 +355,22 @@ async def ask(pid: int) -> dict[str, Any]:
     Raises:
         UpgradeError: It did not; the devices are served as before.
     """
+    deadline = trio.current_time() + _OFFERS_WITHIN
+    while True:
+        try:
+            return await _ask_once(pid)
+        except _NotOfferedError as error:
+            # A server that has just begun answers other questions before this one.
+            if trio.current_time() > deadline:
+                raise UpgradeError(str(error)) from error
+            await trio.sleep(0.1)
+
+
+class _NotOfferedError(Exception):
+    """No socket of the process knows the verb."""
+
+
+async def _ask_once(pid: int) -> dict[str, Any]:
     why = f"process {pid} has no control socket: it is not `tcmu-rs attach` or `daemon`, or of an older version"
     for path in _control.sockets(pid):
         try:
@@ -365,4 +385,4 @@ async def ask(pid: int) -> dict[str, Any]:
             if "no verb" not in str(error):
                 raise UpgradeError(str(error).removeprefix("UpgradeError: ")) from error
             why = f"process {pid} is no server of the command line, which alone can be started anew: {error}"
-    raise UpgradeError(why)
+    raise _NotOfferedError(why)

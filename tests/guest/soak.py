@@ -174,7 +174,7 @@ def supervised(image: Path, name: str) -> Iterator[str]:
     finally:
         with suppress(ProcessLookupError):
             process.kill()
-        process.wait()
+        process.communicate()
 
 
 @contextmanager
@@ -188,7 +188,7 @@ def swapped(image: Path, report: Report) -> Iterator[str]:
         report.swaps = int(process.communicate("stop\n", timeout=120)[0] or 0)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def server_of(name: str) -> int | None:

@@ -77,8 +77,9 @@ async def test_of_devices_in_one_process_each_fails_alone(tmp_path: Path) -> Non
             with pytest.RaisesGroup(tcmu_rs.RingCorruptError, flatten_subgroups=True):
                 async with tcmu_rs.attach(RamHandler(SIZE), "corrupt") as device:
                     await trio.to_thread.run_sync(corrupt, device.uio)
-                    await trio.to_thread.run_sync(poke, device.path)
+                    reading = await trio.to_thread.run_sync(poke, device.path)
                     await trio.sleep_forever()
+            await trio.to_thread.run_sync(reading.wait, 60)
             await neighbour_works()
     finally:
         subprocess.run(["umount", "-l", full], check=True)
@@ -95,9 +96,9 @@ def corrupt(uio: _sysfs.UioDevice) -> None:
     raise AssertionError(f"{uio.path} is not mapped here")
 
 
-def poke(path: str | None) -> None:
-    """Has the kernel ring once more; nobody waits for the answer."""
-    subprocess.Popen(["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct"], stderr=-3)
+def poke(path: str | None) -> subprocess.Popen[bytes]:
+    """Has the kernel ring once more; the answer comes when the device has gone."""
+    return subprocess.Popen(["dd", f"if={path}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct"], stderr=-3)
 
 
 @contextmanager

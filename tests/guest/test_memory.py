@@ -71,4 +71,5 @@ def test_dirty_pages_go_out_through_our_disk_when_memory_is_short() -> None:
             os.close(fd)
     finally:
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        server.communicate(timeout=60)
+        assert server.returncode == 0
