@@ -190,7 +190,8 @@ class Daemon:
         try:
             with service.scope:
                 await self._open_and_serve(service, event)
-        except Exception as group:
+        # What it is cancelled with, at the daemon's end, goes on.
+        except* Exception as group:
             if service.inherited is not None and not service.inherited.is_ours:
                 raise
             for error in leaves(group):

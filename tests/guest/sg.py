@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _SG_IO = 0x2285
@@ -152,6 +153,15 @@ def opened(path: str) -> Iterator[Unit]:
         yield Unit(fd)
     finally:
         os.close(fd)
+
+
+def name_by_number(path: str) -> None:
+    """Gives a disk the name by which sg_xcopy looks for it, as udev would."""
+    number = Path(path).stat().st_rdev
+    link = Path(f"/dev/block/{os.major(number)}:{os.minor(number)}")
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(path)
 
 
 def cdb(*parts: int | tuple[int, int]) -> bytes:

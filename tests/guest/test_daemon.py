@@ -17,6 +17,8 @@ import pytest
 from tcmu_rs import _lio, _sysfs
 from tcmu_rs._native import NetlinkSocket
 
+from .sg import name_by_number
+
 T = TypeVar("T")
 
 SIZE = 8 << 20
@@ -178,6 +180,8 @@ def test_copies_between_devices_are_an_option(copies: bool) -> None:
         with open(source, "r+b", buffering=0) as file:  # noqa: PTH123
             file.write(data)
             os.fsync(file.fileno())
+        for path in source, target:
+            name_by_number(str(path))
         command = ["sg_xcopy", f"if={source}", f"of={target}", "bs=512", "count=2048", "seek=4096"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(done.stdout)

@@ -211,7 +211,7 @@ DIFFERENCES = {
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[sg.Unit]:
-    options = "dev_size_mb=16 lbpu=1 lbpws=1 lbpws10=1 lbprz=1 delay=0 opts=0 max_luns=1 num_tgts=1 physblk_exp=0"
+    options = "dev_size_mb=16 lbpu=1 lbpws=1 lbpws10=1 lbprz=1 delay=0 opts=0 max_luns=1 num_tgts=1 physblk_exp=3"
     subprocess.run(["modprobe", "scsi_debug", *options.split()], check=True)
     try:
         deadline = time.monotonic() + 30

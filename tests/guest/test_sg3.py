@@ -190,6 +190,7 @@ def test_format(disk: str) -> None:
 def test_extended_copy(disk: str) -> None:
     # It sends through /dev/sgN.
     run("modprobe", "sg")
+    sg.name_by_number(disk)
     write(disk, 0, b"copied" * 1024)
     run("sg_xcopy", f"if={disk}", f"of={disk}", "skip=0", "seek=2048", "count=12", "bs=512")
     assert read(disk, 2048, 12) == b"copied" * 1024
