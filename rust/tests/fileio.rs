@@ -468,12 +468,20 @@ proptest! {
                 prop_assert_eq!(memory.held(), 1);
             }
         }
-        for (ticket, ..) in &open {
-            queue.cancel(*ticket);
+        // Again and again: one that comes while a worker of the kernel takes the transfer up finds nothing to end. That
+        // is no harm for files, where a transfer ends by itself.
+        for _ in 0..1000 {
+            if open.is_empty() {
+                break;
+            }
+            for (ticket, ..) in &open {
+                queue.cancel(*ticket);
+            }
+            queue.submit().unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            settle(queue.finish().unwrap(), &mut open);
         }
-        while !open.is_empty() {
-            settle(wait_some(&mut queue), &mut open);
-        }
+        prop_assert_eq!(open.len(), 0);
         prop_assert_eq!(queue.outstanding(), 0);
     }
 }

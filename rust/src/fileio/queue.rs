@@ -162,13 +162,10 @@ impl<M: Memory> Queue<M> {
     /// Asks for an early end, with the next [`Queue::submit`]. The transfer ends as any other, and as it likes: done,
     /// failed, or with ECANCELED. Harmless for one that is over.
     pub fn cancel(&mut self, ticket: Ticket) {
-        if let Some(slot) = self.slot(ticket)
-            && !slot.cancelled
-        {
-            slot.cancelled = true;
-            if slot.in_kernel {
-                self.cancels.push_back(ticket);
-            }
+        let Some(slot) = self.slot(ticket) else { return };
+        slot.cancelled = true;
+        if slot.in_kernel && !self.cancels.contains(&ticket) {
+            self.cancels.push_back(ticket);
         }
     }
 
