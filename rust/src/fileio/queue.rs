@@ -313,11 +313,15 @@ impl<M: Memory> Drop for Queue<M> {
         self.waiting.clear();
         let under_way: Vec<Ticket> =
             self.slots.iter().flatten().filter(|slot| slot.in_kernel).map(|slot| slot.ticket).collect();
-        for ticket in under_way {
-            self.cancel(ticket);
-        }
         let end = Instant::now() + PATIENCE;
-        while self.in_kernel > 0 && self.finish().is_ok() && Instant::now() < end {
+        while self.in_kernel > 0 && Instant::now() < end {
+            // In each round: a cancellation that comes while a worker of the kernel takes a transfer up is lost.
+            for &ticket in &under_way {
+                self.cancel(ticket);
+            }
+            if self.finish().is_err() {
+                break;
+            }
             let mut poll = libc::pollfd { fd: self.fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one valid structure, for the call.
             unsafe { libc::poll(&raw mut poll, 1, 100) };
