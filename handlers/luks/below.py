@@ -7,9 +7,9 @@ from typing import Any
 
 import trio
 
-from tcmu_rs import BlockHandler, Options, handler_below
+from tcmu_rs import BlockHandler, Lower, Options, handler_below
 
-from .container import opened, write_pieces
+from .container import write_pieces
 from .volume import NewContainer
 
 
@@ -55,7 +55,7 @@ class Below:
                 done += 1
                 if done == 1 and handler is not None:
                     self._made = _block_handler(handler)
-            async with opened(self.open_header(read_only=False) or self.open_data()) as lower:
+            async with Lower(self.open_header(read_only=False) or self.open_data()) as lower:
                 await write_pieces(lower, made.pieces)
         except BaseException:
             with trio.CancelScope(shield=True):

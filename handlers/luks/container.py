@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import trio
@@ -75,30 +74,18 @@ async def format_luks(
     make = functools.partial(plan, passphrases, detached=header is not None, **parameters)
     container = await trio.to_thread.run_sync(make)
     volume = container.volume
-    async with opened(lower) as below:
+    async with Lower(lower) as below:
         room = below.size - volume.offset
         if room <= 0 or room % volume.sector_size:
             raise LuksError(f"{below.size} bytes are too few, or not {volume.offset} and whole sectors")
         if header is None:
             await write_pieces(below, container.pieces)
         else:
-            async with opened(header) as above:
+            async with Lower(header) as above:
                 if above.size < container.header_size:
                     raise LuksError(f"{above.size} bytes are too few for the header: {container.header_size}")
                 await write_pieces(above, container.pieces)
     return volume
-
-
-@asynccontextmanager
-async def opened(handler: BlockHandler) -> AsyncIterator[Lower]:
-    """Opens a handler as a lower layer, for the length of an `async with` block."""
-    lower = Lower(handler)
-    await lower.open()
-    try:
-        yield lower
-    finally:
-        with trio.CancelScope(shield=True):
-            await lower.aclose()
 
 
 async def write_pieces(lower: Lower, pieces: Sequence[tuple[int, bytes]]) -> None:

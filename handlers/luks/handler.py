@@ -204,7 +204,7 @@ class LuksHandler(BlockHandler):
     @classmethod
     async def info(cls, config: str, options: Options) -> dict[str, Any]:
         """What the header says (`tcmu-rs info`); no passphrase is needed."""
-        async with container.opened(_header_of(config, options)) as lower:
+        async with Lower(_header_of(config, options)) as lower:
             return await container.info(lower)
 
     @classmethod
@@ -214,7 +214,7 @@ class LuksHandler(BlockHandler):
         Returns:
             `ok`, `problems` that were found, and `repaired`: whether they are gone now.
         """
-        async with container.opened(_header_of(config, options, writable=repair)) as lower:
+        async with Lower(_header_of(config, options, writable=repair)) as lower:
             return await container.check(lower, repair=repair)
 
     # Life.

@@ -11,7 +11,7 @@ from dataclasses import replace
 from ._errors import LuksError
 from .cipher import UNIT
 from .kdf import STRIPES, Pbkdf2
-from .volume import Digest, Keyslot, NewContainer, Volume, printable
+from .volume import Digest, Keyslot, NewContainer, Volume, check_passphrases, printable
 
 _HEADER = struct.Struct(">6sH32s32s32sII20s32sI40s")
 _KEYSLOT = struct.Struct(">II32sII")
@@ -107,8 +107,7 @@ def make(
     Raises:
         LuksError: It would not be supported.
     """
-    if not 0 < len(passphrases) <= _KEYSLOTS or not all(passphrases):
-        raise LuksError(f"{len(passphrases)} passphrases cannot be: 1 to {_KEYSLOTS}, and none of them empty")
+    check_passphrases(passphrases, _KEYSLOTS)
     key = volume_key if volume_key is not None else bytearray(secrets.token_bytes(key_size))
     room = -(-key_size * STRIPES // _ALIGNMENT) * _ALIGNMENT
     header_size = -(-(_ALIGNMENT + _KEYSLOTS * room) // _DATA_ALIGNMENT) * _DATA_ALIGNMENT

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from ._errors import LuksError
 from .cipher import SECTOR_SIZES, UNIT
 from .kdf import STRIPES, Argon2, Kdf, Pbkdf2
-from .volume import Digest, Keyslot, NewContainer, Volume, printable
+from .volume import Digest, Keyslot, NewContainer, Volume, check_passphrases, printable
 
 MAGIC = b"LUKS\xba\xbe"
 SECONDARY_MAGIC = b"SKUL\xba\xbe"
@@ -364,8 +364,7 @@ def make(
     Raises:
         LuksError: It would not be supported.
     """
-    if not 0 < len(passphrases) <= _KEYSLOTS or not all(passphrases):
-        raise LuksError(f"{len(passphrases)} passphrases cannot be: 1 to {_KEYSLOTS}, and none of them empty")
+    check_passphrases(passphrases, _KEYSLOTS)
     if len(label.encode()) > 47:
         raise LuksError(f"the label {label!r} is too long: 47 bytes at most")
     key = volume_key if volume_key is not None else bytearray(secrets.token_bytes(key_size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tcmu_rs import IoVec
@@ -170,3 +170,9 @@ def printable(raw: bytes) -> str:
     """Text of a header, which may be anything, for people to see."""
     text = raw.split(b"\0", 1)[0].decode("utf-8", "replace")
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def check_passphrases(passphrases: Sequence[bytes | bytearray], keyslots: int) -> None:
+    """Raises `LuksError` unless each of some passphrases gets one of so many keyslots."""
+    if not 0 < len(passphrases) <= keyslots or not all(passphrases):
+        raise LuksError(f"{len(passphrases)} passphrases cannot be: 1 to {keyslots}, and none of them empty")

@@ -11,8 +11,7 @@ whose machine lost power, has neither partition table nor file system that anybo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -77,22 +76,11 @@ async def copy(
             several parts may fail at once.
         Exception: What the handlers raise when they are opened and closed.
     """
-    async with _opened(source) as below_source:
+    async with Lower(source) as below_source:
         fresh = not isinstance(target, BlockHandler)
         handler = target if isinstance(target, BlockHandler) else await target(below_source.size)
-        async with _opened(handler) as below_target:
+        async with Lower(handler) as below_target:
             return await _Copy(below_source, below_target, fresh, verify, progress).run()
-
-
-@asynccontextmanager
-async def _opened(handler: BlockHandler) -> AsyncIterator[Lower]:
-    lower = Lower(handler)
-    await lower.open()
-    try:
-        yield lower
-    finally:
-        with trio.CancelScope(shield=True):
-            await lower.aclose()
 
 
 class _Side:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from ._handler import BlockHandler, Colour, ExtentState, check, colour_of, has
 from ._native import IoVec
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class Lower:
@@ -116,6 +120,16 @@ class Lower:
     async def aclose(self) -> None:
         """Closes the handler."""
         await self.handler.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        with trio.CancelScope(shield=True):
+            await self.aclose()
 
     async def write(self, offset: int, iov: IoVec, *, fua: bool = False) -> None:
         """Stores the `IoVec` from a byte offset on; with `fua` it is durable on return."""
