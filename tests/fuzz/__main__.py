@@ -100,8 +100,8 @@ def main() -> None:
     if keeping:
         for target in targets:
             keep(target)
-    elif not all([fuzz(target, seconds) for target in targets]):
-        raise SystemExit(1)
+    else:
+        raise SystemExit(sum(not fuzz(target, seconds) for target in targets))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,14 @@ _ENVIRONMENT = "TCMU_RS_HEIR"
 
 def _unit() -> LogicalUnit:
     return LogicalUnit(
-        size=1 << 20, block_size=512, vendor="v", product="p", revision="1", serial="s", naa=b"\x60" + bytes(15), writable=True
+        size=1 << 20,
+        block_size=512,
+        vendor="v",
+        product="p",
+        revision="1",
+        serial="s",
+        naa=b"\x60" + bytes(15),
+        writable=True,
     )
 
 

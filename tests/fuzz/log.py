@@ -28,7 +28,7 @@ from tcmu_rs.handlers.qcow2 import header as header_module
 from tcmu_rs.handlers.qcow2.handler import Qcow2Handler
 from tcmu_rs.handlers.qcow2.tools import create
 
-from .qcow2 import DOCUMENTED, PATH, SIZE, change, look, opener, read_all
+from .qcow2 import PATH, SIZE, change, look, opener, read_all
 
 IMAGES = Path(__file__).with_name("images")
 NAMES = ("packed", "plain")

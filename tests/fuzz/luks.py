@@ -4,8 +4,8 @@ An input is a byte of flags and a header: 592 bytes of LUKS1; for LUKS2 512 byte
 area. The keyslots and the data behind it are those of a container of ours. By the flags the checksum of LUKS2 is made
 right, and a second copy of the header, in order, lies behind the first.
 
-The container opens, or it is refused with a `LuksError`. A header of LUKS2 that has lost its checksum is never believed;
-if there is a second copy, the data is what it was.
+The container opens, or it is refused with a `LuksError`. A header of LUKS2 that has lost its checksum is never
+believed; if there is a second copy, the data is what it was.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -41,14 +41,17 @@ class DearError(LuksError):
     """Deriving would take longer than the rest of the input."""
 
 
-def _cheap(self: Pbkdf2 | Argon2, passphrase: bytes | bytearray, length: int) -> bytearray:
-    if (self.iterations if isinstance(self, Pbkdf2) else self.time * self.memory) > DEAR:
-        raise DearError("too dear")
-    return (_derive_pbkdf2 if isinstance(self, Pbkdf2) else _derive_argon2)(self, passphrase, length)  # type: ignore[operator]
+def _cheap(derive: Callable[..., bytearray]) -> Callable[..., bytearray]:
+    def limited(self: Pbkdf2 | Argon2, passphrase: bytes | bytearray, length: int) -> bytearray:
+        if (self.iterations if isinstance(self, Pbkdf2) else self.time * self.memory) > DEAR:
+            raise DearError("too dear")
+        return derive(self, passphrase, length)
+
+    return limited
 
 
-_derive_pbkdf2, _derive_argon2 = Pbkdf2.derive, Argon2.derive
-Pbkdf2.derive = Argon2.derive = _cheap  # type: ignore[method-assign,assignment]
+for _kind in (Pbkdf2, Argon2):
+    setattr(_kind, "derive", _cheap(_kind.derive))  # noqa: B010 - mypy knows it for a method
 
 
 class Fewer(Pbkdf2):

@@ -224,13 +224,37 @@ def seeds() -> Iterator[bytes]:
             "cluster_size=2048",
         ):
             for flags in ((), ("-c",)):
-                convert = ["qemu-img", "convert", *flags, "-f", "raw", "-O", "qcow2", "-o", options, source, image]
+                convert: list[str | Path] = [
+                    "qemu-img",
+                    "convert",
+                    *flags,
+                    "-f",
+                    "raw",
+                    "-O",
+                    "qcow2",
+                    "-o",
+                    options,
+                    source,
+                    image,
+                ]
                 subprocess.run(convert, check=True)
                 yield image.read_bytes()
                 if not flags and "=1," not in options and "bits=1" not in options:
                     subprocess.run(["qemu-img", "snapshot", "-c", "name", image], check=True)
                     subprocess.run(["qemu-io", "-c", "write -P 1 512 2048", image], check=True, capture_output=True)
                     yield image.read_bytes()
-        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "-b", image, "-F", "qcow2"]
+        create: list[str | Path] = [
+            "qemu-img",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            "cluster_size=512",
+            "-b",
+            image,
+            "-F",
+            "qcow2",
+        ]
         subprocess.run([*create, backed], check=True)
         yield backed.read_bytes()

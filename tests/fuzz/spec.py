@@ -82,7 +82,7 @@ def one_input(data: bytes) -> None:
         assert ":".join(spec) == words[0]
         kernel(*spec)
         if spec[0] in _registry.providers():
-            handlers(*spec, words[1:])
+            handlers(spec[0], spec[1], words[1:])
     refused(_registry.handler_below, text.replace("/", "\N{FRACTION SLASH}"), by=(ValueError, RegistryError))
     refused(_lio.check_name, text, by=(LioError,))
     config = refused(_lio.parse_config, text, by=(LioError,))
