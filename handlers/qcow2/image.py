@@ -14,6 +14,7 @@ from .codecs import Codec
 from .header import DATA_FILE, Header
 from .log import Chain
 from .pages import Cold, Pages
+from .payload import Payload, read_plain
 from .storage import Storage
 from .tables import COMPRESSED, SUBCLUSTERS, ZERO, Tables
 
@@ -76,25 +77,6 @@ class RawSource:
         self._storage.close()
 
 
-def read_plain(storage: Storage, offset: int, iov: IoVec, *, wait: bool) -> None:
-    """Reads bytes as they are; what is behind the end of the file is zero.
-
-    Raises:
-        Cold: Without `wait`: not all of it is in memory.
-    """
-    total = iov.nbytes
-    try:
-        done = storage.preadv(offset, iov, wait=wait)
-        while done < total:
-            step = storage.preadv(offset + done, list(iov.slice(done, total)), wait=wait)
-            if not step:
-                iov.slice(done, total).zero()
-                return
-            done += step
-    except BlockingIOError:
-        raise Cold(storage, offset, total) from None
-
-
 class Cached(Protocol):
     """A cluster that is newer in memory than in the file."""
 
@@ -110,7 +92,7 @@ class Image:
         tables: The map, if it is not the active one.
         size: Bytes of the disk, if they are not those of the active one.
         backing: What is below; closed with this.
-        data: The external data file; closed with this.
+        payload: Where plain clusters are; its file is closed with this.
         pages: Metadata; shared with who writes it.
 
     Attributes:
@@ -129,7 +111,7 @@ class Image:
         tables: Tables | None = None,
         size: int | None = None,
         backing: Source | None = None,
-        data: Storage | None = None,
+        payload: Payload | None = None,
     ) -> None:
         self.storage = storage
         self.header = header
@@ -137,7 +119,7 @@ class Image:
         self.size = header.size if size is None else size
         self.tables = tables or Tables(pages, header)
         self.backing = backing
-        self.data = data or storage
+        self.payload = payload or Payload(storage)
         self.block_size = 512
         self.chain: Chain | None = None
         self.log_range = (0, 0)
@@ -151,14 +133,20 @@ class Image:
         self._in_cluster = header.cluster_size - 1
         self._extended = header.extended_l2
 
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether this image, or one below it, is encrypted."""
+        below = self.backing
+        return self.payload.cipher is not None or (isinstance(below, Image) and below.is_encrypted)
+
     def close(self) -> None:
         """Closes all files."""
         try:
             self.storage.close()
         finally:
             try:
-                if self.data is not self.storage:
-                    self.data.close()
+                if self.payload.storage is not self.storage:
+                    self.payload.storage.close()
             finally:
                 if self.backing is not None:
                     self.backing.close()
@@ -198,7 +186,7 @@ class Image:
     def _read_extent(self, extent: Extent, offset: int, part: IoVec, wait: bool) -> None:
         kind = extent.kind
         if kind == Kind.PLAIN:
-            read_plain(self.data, extent.place, part, wait=wait)
+            self.payload.read(extent.place, part, wait=wait)
         elif kind == Kind.ZERO or (kind == Kind.UNALLOCATED and self.backing is None):
             part.zero()
         elif kind == Kind.UNALLOCATED:

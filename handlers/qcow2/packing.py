@@ -50,7 +50,7 @@ class Packer:
         header = image.header
         self._header = header
         self._codec = image.codec
-        self._storage = image.storage
+        self._payload = image.payload
         self._space = space
         self._changes = changes
         self._compress = compress
@@ -116,7 +116,7 @@ class Packer:
     def write_out(self, plan: Sequence[tuple[int, list[bytes]]]) -> None:
         """In a thread."""
         for offset, buffers in plan:
-            self._storage.pwrite(offset, buffers)
+            self._payload.write_buffers(offset, buffers)
 
     def give_back(self, placed: Sequence[Job]) -> None:
         """Nothing names these places."""
