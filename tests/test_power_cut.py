@@ -70,7 +70,10 @@ def test_what_was_flushed_survives(lab: Lab, tmp_path: Path, monkeypatch: pytest
         job = f"exec python -m tests.guest.power {round_number}"
         began = time.monotonic()
         with lab.machine(job, disks=[disk], timeout=600, memory="1G") as machine:
-            machine.wait_for_output(b"begins\n")
+            times = []
+            for stage in (b"mounted", b"attached", b"begins"):
+                machine.wait_for_output(stage + b"\n")
+                times.append(round(time.monotonic() - began))
             if round_number < CUTS:
                 for name in DISKS:
                     machine.wait_for_output(f"flushed {name} {round_number} ".encode())
@@ -97,7 +100,8 @@ def test_what_was_flushed_survives(lab: Lab, tmp_path: Path, monkeypatch: pytest
             totals["flushes"] += len(flushed)
             totals["durable"] += max(flushed, default=0) + sum(one >= max(flushed, default=0) for one in durable)
             expected[name] = allowed(name, round_number, max(flushed, default=0), durable, found)
-        print(f"\n{round_number}: {time.monotonic() - began:.0f} s, {dict(totals)}", flush=True)
+        times.append(round(time.monotonic() - began))
+        print(f"\n{round_number}: mounted, attached, looked at, killed after {times} s, {dict(totals)}", flush=True)
     print(
         f"{CUTS} power cuts of {len(DISKS)} disks, {totals['flushes']} flushes, {totals['durable']} durable writes, "
         f"{totals['checked']} places looked at, nothing lost"

@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -167,13 +166,21 @@ async def main() -> None:
     MOUNTED.mkdir()
     subprocess.run(["mount", "/dev/vda", MOUNTED], check=True)
     say("mounted")
-    async with AsyncExitStack() as stack:
-        devices: dict[str, str] = {}
-        for name, kind in DISKS.items():
-            attached = tcmu_rs.attach(kind.handler(MOUNTED, name), name)
-            device = await stack.enter_async_context(attached)
+    devices: dict[str, str] = {}
+    all_served = trio.Event()
+
+    async def serve(name: str) -> None:
+        async with tcmu_rs.attach(DISKS[name].handler(MOUNTED, name), name) as device:
             assert device.path is not None
             devices[name] = device.path
+            if len(devices) == len(DISKS):
+                all_served.set()
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        for name in DISKS:
+            nursery.start_soon(serve, name)
+        await all_served.wait()
         say("attached")
         await in_threads(look, devices)
         say("begins")
