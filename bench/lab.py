@@ -7,8 +7,8 @@ The guest runs in emulation, fifteen to twenty times slower than the machine: on
 tcmu-runner has no handler for plain files; its `qcow` handler serves a raw image with `pread` and `pwrite` in C
 threads, and that is what is measured. All files are on the guest's tmpfs, or with `--disk` on ext4 on a virtual disk.
 
-With `--tunables` it is one disk of ours, once as it comes and once with each option of `tcmu-rs attach` that changes
-what the kernel gives it.
+With `--tunables` it is one disk of ours, once as it comes and once with each option of `tcmu-rs attach` that may make
+it faster or slower.
 
 Needs the lab (`python -m tests.lab install`); tcmu-runner is downloaded from Debian and unpacked beside its kernel.
 """
@@ -48,6 +48,7 @@ TUNABLES = (
     ("--data-area-mb", "8"),
     ("--data-pages-per-block", "16"),
     ("--ring-mb", "1"),
+    ("--busy-poll", "200"),
 )
 RIVAL = "tcmu-runner"
 KERNEL = "LIO fileio"
@@ -183,16 +184,20 @@ def tcmu_runner(root: Path, file: Path) -> Iterator[str]:
         bus.wait()
 
 
-def fio(device: str, pattern: str, length: int, depth: int, seconds: float) -> float:
-    """Commands per second."""
+def fio(device: str, seconds: float) -> dict[str, float]:
+    """Commands per second of each pattern, one after the other: a fio for each would take longer to start than to run."""
     command = [
-        "fio", "--name=x", f"--filename={device}", "--direct=1", "--ioengine=libaio", f"--rw={pattern}",
-        f"--bs={length}", f"--iodepth={depth}", f"--size={SIZE}", "--time_based", f"--runtime={seconds}",
-        "--ramp_time=0.5", "--norandommap", "--randrepeat=1", "--output-format=json",
+        "fio", f"--filename={device}", "--direct=1", "--ioengine=libaio", f"--size={SIZE}", "--time_based",
+        f"--runtime={seconds}", "--ramp_time=0.3", "--norandommap", "--randrepeat=1", "--output-format=json",
     ]  # fmt: skip
+    for name, (pattern, length, depth) in PATTERNS.items():
+        command += [f"--name={name}", "--stonewall", f"--rw={pattern}", f"--bs={length}", f"--iodepth={depth}"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    job = json.loads(output[output.index("{") :])["jobs"][0]
-    return float(job["read" if pattern == "randread" else "write"]["iops"])
+    jobs = {job["jobname"]: job for job in json.loads(output[output.index("{") :])["jobs"]}
+    return {
+        name: float(jobs[name]["read" if pattern == "randread" else "write"]["iops"])
+        for name, (pattern, *_) in PATTERNS.items()
+    }
 
 
 def guest(arguments: argparse.Namespace) -> None:
@@ -231,8 +236,7 @@ def guest(arguments: argparse.Namespace) -> None:
         for number in range(arguments.rounds):
             # In turn, and the other way round every other time: what drifts, drifts for all.
             for name in list(devices)[:: -1 if number % 2 else 1]:
-                for pattern, (kind, length, depth) in PATTERNS.items():
-                    rate = fio(str(devices[name]), kind, length, depth, arguments.seconds)
+                for pattern, rate in fio(str(devices[name]), arguments.seconds).items():
                     line = json.dumps({"consumer": name, "pattern": pattern, "round": number, "rate": rate})
                     print(f"figure {line}", flush=True)
 

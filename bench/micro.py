@@ -172,7 +172,8 @@ def layers(rounds: int) -> list[Row]:
         kernel.unplug()
 
     def drain() -> list[_native.Command]:
-        return [command for command in ring.drain(BATCH) if isinstance(command, _native.Command)]
+        commands, _ = ring.drain(BATCH)
+        return commands
 
     def finish(count: int = BATCH) -> list[Completion]:
         done = kernel.process()
@@ -216,7 +217,7 @@ def layers(rounds: int) -> list[Row]:
         def measure(watch: Stopwatch) -> None:
             submit([cdb] * BATCH, b"", data_in)
             with watch:
-                rest = ring.drain(BATCH)
+                rest, _ = ring.drain(BATCH)
                 ring.commit()
             assert not rest
             finish()
@@ -226,10 +227,9 @@ def layers(rounds: int) -> list[Row]:
     def decode(watch: Stopwatch) -> None:
         submit(READS[:BATCH], b"", BLOCK)
         with watch:
-            commands = ring.drain(BATCH)
-        served = [command for command in commands if isinstance(command, _native.Command)]
-        fill(served)
-        complete(served)
+            commands, _ = ring.drain(BATCH)
+        fill(commands)
+        complete(commands)
         check(finish())
 
     def each(what: Callable[[_native.Command], object]) -> Callable[[Stopwatch], None]:
