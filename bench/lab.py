@@ -52,6 +52,14 @@ TUNABLES = (
 )
 RIVAL = "tcmu-runner"
 KERNEL = "LIO fileio"
+# By the rival, consumer and pattern: how many times as fast it is to be, at least.
+TARGETS: dict[str, dict[str, dict[str, float]]] = {
+    RIVAL: {
+        "file:": {"rr qd1": 1.25, "rr qd32": 1.5, "rw qd32": 1.5, "read 256K": 1.2, "write 256K": 1.2},
+        "async def": {"rr qd1": 1.1, "rr qd32": 1.4, "rw qd32": 1.4, "read 256K": 1.0, "write 256K": 1.0},
+    },
+    KERNEL: {"file:": {"rr qd32": 0.9, "rw qd32": 0.9}},
+}
 CORE = Path("/sys/kernel/config/target/core")
 
 
@@ -185,7 +193,7 @@ def tcmu_runner(root: Path, file: Path) -> Iterator[str]:
 
 
 def fio(device: str, seconds: float) -> dict[str, float]:
-    """Commands per second of each pattern, one after the other: a fio for each would take longer to start than to run."""
+    """Commands per second of each pattern, one after the other, by one fio: it starts as slowly as it runs."""
     command = [
         "fio", f"--filename={device}", "--direct=1", "--ioengine=libaio", f"--size={SIZE}", "--time_based",
         f"--runtime={seconds}", "--ramp_time=0.3", "--norandommap", "--randrepeat=1", "--output-format=json",
@@ -269,17 +277,17 @@ def main() -> None:
     parser.add_argument("--disk", action="store_true", help="files on ext4 on a virtual disk, not on tmpfs")
     parser.add_argument("--tunables", action="store_true", help="one disk of ours, with options of attach")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=None, help="of each run (4; quick: 1.5)")
+    parser.add_argument("--seconds", type=float, default=None, help="of each run (1.5; quick: 0.7)")
     parser.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tcmu-runner", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.seconds = arguments.seconds or (1.5 if arguments.quick else 4)
+    arguments.seconds = arguments.seconds or (0.7 if arguments.quick else 1.5)
     if arguments.guest:
         guest(arguments)
         return
     from tests.lab.machine import run
 
-    from .report import publish, stated, table
+    from .report import against, bars, publish, stated, table
 
     job = [sys.executable, "-m", "bench.lab", "--guest", "--tcmu-runner", str(fetch_tcmu_runner())]
     job += ["--rounds", str(arguments.rounds), "--seconds", str(arguments.seconds)]
@@ -308,9 +316,15 @@ def main() -> None:
             figures.setdefault(figure["consumer"], {}).setdefault(figure["pattern"], []).append(figure["rate"])
     rows: list[list[object]] = [[name, *(_spread(rates[p]) for p in PATTERNS)] for name, rates in figures.items()]
     text = [conditions, "### Commands per second: median (lowest-highest)", table(["consumer", *PATTERNS], rows)]
+    medians = {name: [statistics.median(rates[p]) for p in PATTERNS] for name, rates in figures.items()}
+    name = "lab-tunables" if arguments.tunables else "lab-disk" if arguments.disk else "lab"
+    text.append(bars(name, "Commands per second", list(PATTERNS), medians, y_label="commands/s"))
     for other in (RIVAL, KERNEL, "as it comes"):
         if other in figures and len(figures) > 1:
-            rows = [[name, *(_ratio(rates[p], figures[other][p]) for p in PATTERNS)] for name, rates in figures.items()]
+            rows = [
+                [name, *(against(_ratio(rates[p], figures[other][p]), _target(other, name, p)) for p in PATTERNS)]
+                for name, rates in figures.items()
+            ]
             text += [f"### Against {other}: median of the ratios, round by round", table(["consumer", *PATTERNS], rows)]
     which = " --tunables" * arguments.tunables + " --disk" * arguments.disk
     publish(f"bench.lab{which}", "\n\n".join(text), write=arguments.write)
@@ -318,6 +332,10 @@ def main() -> None:
 
 def _spread(rates: list[float]) -> str:
     return f"{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f})"
+
+
+def _target(other: str, name: str, pattern: str) -> float | None:
+    return TARGETS.get(other, {}).get(name, {}).get(pattern)
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:
