@@ -81,7 +81,7 @@ python-test: $(VENV)/develop
 
 # libiscsi's suite, sg3_utils, scsi_debug: what docs/scsi.md says comes from here. Many minutes.
 judges: $(VENV)/develop
-	$(BIN)/python -m pytest -m judges tests/guest
+	$(BIN)/python -m pytest -o faulthandler_timeout=4000 -m judges tests/guest
 
 wheel: $(VENV)/bootstrap
 	$(BIN)/pip install --quiet --disable-pip-version-check 'maturin>=1.9.4,<2'

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 from tcmu_rs import IoVec, ZstdFrames
 
+from .storage import Buffer
+
 ZLIB, ZSTD = 0, 1
 
-Bytes = bytes | bytearray | memoryview
+
 Place = tuple[int, int]
 """First byte, and how many there are."""
 
@@ -20,7 +22,7 @@ class Codec:
 
     Args:
         kind: The compression type of the image: `ZLIB` or `ZSTD`.
-        cluster_size: Bytes of a cluster.
+        cluster_size: Buffer of a cluster.
         level: Of compression.
     """
 
@@ -39,7 +41,7 @@ class Codec:
         """The same for another level."""
         return Codec(self.kind, self._size, level)
 
-    def decompress(self, stored: Bytes, places: Sequence[Place], iov: IoVec, within: int) -> int:
+    def decompress(self, stored: Buffer, places: Sequence[Place], iov: IoVec, within: int) -> int:
         """Decompresses clusters that follow each other on the disk; what follows their compressed form is ignored.
 
         Args:
@@ -69,7 +71,7 @@ class Codec:
             within = 0
         return len(places)
 
-    def whole(self, stored: Bytes) -> bytes:
+    def whole(self, stored: Buffer) -> bytes:
         """A cluster; what follows its compressed form is ignored.
 
         Raises:
@@ -80,13 +82,13 @@ class Codec:
             raise damage()
         return bytes(data)
 
-    def compress(self, clusters: Sequence[Bytes]) -> list[tuple[Bytes | None, int]]:
+    def compress(self, clusters: Sequence[Buffer]) -> list[tuple[Buffer | None, int]]:
         """What to store of each, and its CRC-32: nothing (`b""`) of zeroes, and None if a plain cluster is better."""
         if self.kind == ZSTD:
             # What cannot be compressed becomes raw blocks, a little longer than the cluster, but with a checksum.
             stored, frames = self._frames.compress(b"".join(clusters))
             view = memoryview(stored)
-            found: list[tuple[Bytes | None, int]] = []
+            found: list[tuple[Buffer | None, int]] = []
             at = 0
             for length, crc in frames:
                 found.append((view[at : at + length] if length else b"", crc))
@@ -95,7 +97,7 @@ class Codec:
         zeroes = bytes(self._size)
         return [(b"", 0) if cluster == zeroes else self._deflate(cluster) for cluster in clusters]
 
-    def _deflate(self, cluster: Bytes) -> tuple[bytes | None, int]:
+    def _deflate(self, cluster: Buffer) -> tuple[bytes | None, int]:
         deflate = zlib.compressobj(self._level, zlib.DEFLATED, -12)
         stored = deflate.compress(cluster) + deflate.flush()
         return (stored, zlib.crc32(stored)) if len(stored) <= self._size - 512 else (None, 0)

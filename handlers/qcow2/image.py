@@ -10,17 +10,18 @@ from typing import Protocol
 
 from tcmu_rs import IoVec, MediumError
 
-from .codecs import Bytes, Codec, Place, damage
+from .codecs import Codec, Place, damage
 from .header import DATA_FILE, Header
 from .log import Chain
 from .pages import Cold, Pages
-from .storage import Storage
+from .payload import Payload, read_plain
+from .storage import Buffer, Storage
 from .tables import COMPRESSED, SUBCLUSTERS, ZERO, Tables
 
 _HOT = 1 << 20
-"""Bytes of decompressed clusters that are kept for readers of parts."""
+"""Buffer of decompressed clusters that are kept for readers of parts."""
 _GAP = 8192
-"""Bytes between two compressed clusters in the file that are read with them, rather than by a call of their own."""
+"""Buffer between two compressed clusters in the file that are read with them, rather than by a call of their own."""
 
 
 class Kind(IntEnum):
@@ -78,25 +79,6 @@ class RawSource:
         self._storage.close()
 
 
-def read_plain(storage: Storage, offset: int, iov: IoVec, *, wait: bool) -> None:
-    """Reads bytes as they are; what is behind the end of the file is zero.
-
-    Raises:
-        Cold: Without `wait`: not all of it is in memory.
-    """
-    total = iov.nbytes
-    try:
-        done = storage.preadv(offset, iov, wait=wait)
-        while done < total:
-            step = storage.preadv(offset + done, list(iov.slice(done, total)), wait=wait)
-            if not step:
-                iov.slice(done, total).zero()
-                return
-            done += step
-    except BlockingIOError:
-        raise Cold(storage, offset, total) from None
-
-
 @dataclass(slots=True)
 class Run:
     """Compressed clusters that follow each other on the disk.
@@ -110,7 +92,7 @@ class Run:
 
     offset: int
     iov: IoVec
-    stored: Bytes
+    stored: Buffer
     places: Sequence[Place]
 
 
@@ -127,14 +109,14 @@ class Image:
         storage: The image; closed with this.
         header: Of it.
         tables: The map, if it is not the active one.
-        size: Bytes of the disk, if they are not those of the active one.
+        size: Buffer of the disk, if they are not those of the active one.
         backing: What is below; closed with this.
-        data: The external data file; closed with this.
+        payload: Where plain clusters are; its file is closed with this.
         pages: Metadata; shared with who writes it.
 
     Attributes:
         cache: Clusters that are newer in memory than in the file.
-        block_size: Bytes of a logical block, for the LBA in errors.
+        block_size: Buffer of a logical block, for the LBA in errors.
         chain: What was found in the log, if there is one.
         log_range: Where the log is, from and to.
     """
@@ -148,7 +130,7 @@ class Image:
         tables: Tables | None = None,
         size: int | None = None,
         backing: Source | None = None,
-        data: Storage | None = None,
+        payload: Payload | None = None,
     ) -> None:
         self.storage = storage
         self.header = header
@@ -156,7 +138,7 @@ class Image:
         self.size = header.size if size is None else size
         self.tables = tables or Tables(pages, header)
         self.backing = backing
-        self.data = data or storage
+        self.payload = payload or Payload(storage)
         self.block_size = 512
         self.chain: Chain | None = None
         self.log_range = (0, 0)
@@ -172,14 +154,20 @@ class Image:
         self._in_cluster = header.cluster_size - 1
         self._extended = header.extended_l2
 
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether this image, or one below it, is encrypted."""
+        below = self.backing
+        return self.payload.cipher is not None or (isinstance(below, Image) and below.is_encrypted)
+
     def close(self) -> None:
         """Closes all files."""
         try:
             self.storage.close()
         finally:
             try:
-                if self.data is not self.storage:
-                    self.data.close()
+                if self.payload.storage is not self.storage:
+                    self.payload.storage.close()
             finally:
                 if self.backing is not None:
                     self.backing.close()
@@ -219,7 +207,7 @@ class Image:
     def _read_extent(self, extent: Extent, offset: int, part: IoVec, wait: bool) -> None:
         kind = extent.kind
         if kind == Kind.PLAIN:
-            read_plain(self.data, extent.place, part, wait=wait)
+            self.payload.read(extent.place, part, wait=wait)
         elif kind == Kind.ZERO or (kind == Kind.UNALLOCATED and self.backing is None):
             part.zero()
         elif kind == Kind.UNALLOCATED:
@@ -309,7 +297,7 @@ class Image:
                 raise self._medium_error(cluster, damage())
         self._next = offset + iov.nbytes
 
-    def _stored(self, entry: int, wait: bool) -> Bytes:
+    def _stored(self, entry: int, wait: bool) -> Buffer:
         """What the file has for a compressed cluster; good until the next call."""
         offset, length = self.tables.place(entry)
         try:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from .cache import Entry
 from .changes import Changes
-from .codecs import Bytes
 from .header import SECTOR
 from .image import Image
 from .space import Space
+from .storage import Buffer
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Job:
     entry: Entry
     version: int
     data: bytes
-    stored: Bytes | None = None
+    stored: Buffer | None = None
     place: int = 0
     crc: int = 0
 
@@ -50,7 +50,7 @@ class Packer:
         header = image.header
         self._header = header
         self._codec = image.codec
-        self._storage = image.storage
+        self._payload = image.payload
         self._space = space
         self._changes = changes
         self._compress = compress
@@ -70,9 +70,9 @@ class Packer:
             if job.data == zeroes:
                 job.stored = b""
 
-    def place(self, jobs: Sequence[Job], placed: list[Job]) -> list[tuple[int, list[Bytes]]]:
+    def place(self, jobs: Sequence[Job], placed: list[Job]) -> list[tuple[int, list[Buffer]]]:
         """Takes free space for what is stored; returns what to write where."""
-        plan: list[tuple[int, list[Bytes]]] = []
+        plan: list[tuple[int, list[Buffer]]] = []
         run: list[tuple[Job, int]] = []
         at = 0
         most = 1 << (self._bits - 8)
@@ -100,7 +100,7 @@ class Packer:
             at += max(len(stored), self._least)
         if run:
             start = self._space.take_run(at)
-            buffers: list[Bytes] = []
+            buffers: list[Buffer] = []
             stop = 0
             for job, place in run:
                 assert job.stored is not None
@@ -112,10 +112,10 @@ class Packer:
             plan.append((start, buffers))
         return plan
 
-    def write_out(self, plan: Sequence[tuple[int, list[Bytes]]]) -> None:
+    def write_out(self, plan: Sequence[tuple[int, list[Buffer]]]) -> None:
         """In a thread."""
         for offset, buffers in plan:
-            self._storage.pwrite(offset, buffers)
+            self._payload.write_buffers(offset, buffers)
 
     def give_back(self, placed: Sequence[Job]) -> None:
         """Nothing names these places."""

@@ -104,10 +104,14 @@ impl ZstdFrames {
         }
         let mut source = self.buffer();
         append_bytes(stored, &mut source)?;
-        let outside = |&(start, length): &(usize, usize)| start.checked_add(length).is_none_or(|end| end > source.len());
+        let outside = |&(start, length): &(usize, usize)| {
+            start.checked_add(length).is_none_or(|end| end > source.len())
+        };
         if places.iter().any(outside) {
             let length = source.len();
-            return Err(PyValueError::new_err(format!("a place is not inside the {length} bytes that are stored")));
+            return Err(PyValueError::new_err(format!(
+                "a place is not inside the {length} bytes that are stored"
+            )));
         }
         let mut target = iov.walk(py, true)?;
         let mut work = || {
