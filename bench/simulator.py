@@ -87,17 +87,26 @@ def warm_file(directory: str) -> Iterator[Path]:
 CDB = 16
 
 
-def cdbs(write: bool, length: int) -> bytes:
+def cdbs(write: bool, length: int, size: int, block_size: int) -> bytes:
     """CDBs of transfers of `length` bytes all over the disk, in a random order that is always the same."""
-    opcode, blocks = (0x8A if write else 0x88), length // 512
-    places = list(range(SIZE // length))
+    opcode, blocks = (0x8A if write else 0x88), length // block_size
+    places = list(range(size // length))
     random.Random(7).shuffle(places)
     return b"".join(struct.pack(">BBQLBB", opcode, 0, place * blocks, blocks, 0, 0) for place in places)
 
 
-async def drive(kernel: _native.Simulator, depth: int, seconds: float, *, write: bool, length: int) -> int:
-    """Keeps `depth` commands outstanding; returns how many were done."""
-    commands = cdbs(write, length)
+async def drive(
+    kernel: _native.Simulator,
+    depth: int,
+    seconds: float,
+    *,
+    write: bool,
+    length: int,
+    size: int = SIZE,
+    block_size: int = 512,
+) -> int:
+    """Keeps `depth` commands outstanding; returns how many were done, each of them GOOD."""
+    commands = cdbs(write, length, size, block_size)
     count = len(commands) // CDB
     # A batch that begins near the end goes on at the start.
     commands += commands[: depth * CDB]

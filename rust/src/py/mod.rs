@@ -7,6 +7,7 @@ use crate::device::DeviceError;
 
 mod command;
 mod fileio;
+mod frames;
 mod iovec;
 mod netlink;
 mod ring;
@@ -36,6 +37,8 @@ mod _native {
     use super::command::{Command, Methods};
     #[pymodule_export]
     use super::fileio::{FileQueue, Transfer, fallocate, fdatasync};
+    #[pymodule_export]
+    use super::frames::ZstdFrames;
     #[pymodule_export]
     use super::iovec::IoVec;
     #[pymodule_export]
