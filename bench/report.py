@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from .conditions import conditions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
+README = HERE.parent / "README.md"
 PLOTS = HERE / "plots"
 NO_PLOT = "(No plot: `pip install --group bench` has matplotlib.)"
 
@@ -98,13 +100,14 @@ def stated(**more: object) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in {**conditions(), **more}.items())
 
 
-def publish(module: str, text: str, *, write: bool) -> None:
+def publish(module: str, text: str, *, write: bool, claims: Sequence[str] = ()) -> None:
     """Prints a section, and on request puts it into `RESULTS.md` in place of the one before.
 
     Args:
         module: The benchmark, by which the section is found.
         text: What is below its heading.
         write: Change the file.
+        claims: What the README says of it, wins and losses: sentences, in place of those before.
     """
     section = f"## `python -m {module}`\n\n{text}\n"
     print(section)
@@ -116,3 +119,21 @@ def publish(module: str, text: str, *, write: bool) -> None:
     if not found:
         after = before.rstrip() + "\n\n" + section
     RESULTS.write_text(after.rstrip() + "\n")
+    if claims:
+        README.write_text(claimed(README.read_text(), module, claims))
+
+
+def claimed(readme: str, module: str, claims: Sequence[str]) -> str:
+    """A README with these claims between the marks of a benchmark.
+
+    Raises:
+        ValueError: It has no such marks.
+    """
+    begin, end = f"<!-- {module} -->\n", f"<!-- end of {module} -->\n"
+    head, found, rest = readme.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"README.md has no {begin.strip()} and {end.strip()}")
+    wrap = textwrap.TextWrapper(120, initial_indent="- ", subsequent_indent="  ", break_long_words=False)
+    lines = "".join(wrap.fill(claim) + "\n" for claim in claims)
+    return head + begin + lines + end + tail
