@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .conditions import conditions
 
@@ -13,6 +14,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 README = HERE.parent / "README.md"
 PLOTS = HERE / "plots"
+# Figures of matplotlib, by name: files when the section is written.
+_drawn: dict[str, Any] = {}
 NO_PLOT = "(No plot: `pip install --group bench` has matplotlib.)"
 
 
@@ -46,7 +49,7 @@ def plot(
     y_label: str,
     log_y: bool = False,
 ) -> str:
-    """Draws lines over a logarithmic axis into `plots/NAME.png`; returns the text that shows it."""
+    """Draws lines over a logarithmic axis, for `plots/NAME.png`; returns the text that shows it."""
     try:
         import matplotlib
     except ImportError:
@@ -66,14 +69,12 @@ def plot(
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    PLOTS.mkdir(exist_ok=True)
-    figure.savefig(PLOTS / f"{name}.png", dpi=110)
-    pyplot.close(figure)
+    _drawn[name] = figure
     return f"![{title}](plots/{name}.png)"
 
 
 def bars(name: str, title: str, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, y_label: str) -> str:
-    """Draws groups of bars into `plots/NAME.png`; returns the text that shows it."""
+    """Draws groups of bars, for `plots/NAME.png`; returns the text that shows it."""
     try:
         import matplotlib
     except ImportError:
@@ -89,9 +90,7 @@ def bars(name: str, title: str, groups: Sequence[str], series: Mapping[str, Sequ
     axes.set_xticks([group + 0.4 - width / 2 for group in range(len(groups))], list(groups))
     axes.grid(alpha=0.3, axis="y")
     axes.legend()
-    PLOTS.mkdir(exist_ok=True)
-    figure.savefig(PLOTS / f"{name}.png", dpi=110)
-    pyplot.close(figure)
+    _drawn[name] = figure
     return f"![{title}](plots/{name}.png)"
 
 
@@ -119,6 +118,9 @@ def publish(module: str, text: str, *, write: bool, claims: Sequence[str] = ()) 
     if not found:
         after = before.rstrip() + "\n\n" + section
     RESULTS.write_text(after.rstrip() + "\n")
+    PLOTS.mkdir(exist_ok=True)
+    for name, figure in _drawn.items():
+        figure.savefig(PLOTS / f"{name}.png", dpi=110)
     if claims:
         README.write_text(claimed(README.read_text(), module, claims))
 
