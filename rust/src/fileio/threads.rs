@@ -41,7 +41,7 @@ const WIDTH: usize = 16;
 /// From when on a thread counts as hanging.
 const STALL: Duration = Duration::from_millis(1);
 /// How long a thread waits for work before it ends.
-const IDLE: Duration = Duration::from_secs(5);
+const IDLE: Duration = if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(5) };
 /// How long threads are waited for in the end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -328,5 +328,246 @@ impl<J: Job> Drop for Threads<J> {
         drop(state);
         // Not under the lock: whose memory it is may have something to do when it gets it back.
         drop((lanes, over));
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use super::*;
+
+    /// Goes on when it is let.
+    struct Gate {
+        number: usize,
+        lane: Lane,
+        gate: Option<Receiver<()>>,
+        held: Arc<AtomicUsize>,
+    }
+
+    impl Job for Gate {
+        fn lane(&self) -> Lane {
+            self.lane
+        }
+
+        fn run(&mut self) {
+            if let Some(gate) = &self.gate {
+                let _ = gate.recv();
+            }
+        }
+    }
+
+    impl Drop for Gate {
+        fn drop(&mut self) {
+            self.held.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    struct Fixture {
+        threads: Threads<Gate>,
+        signals: Receiver<()>,
+        held: Arc<AtomicUsize>,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let (told, signals) = channel();
+            let told = Mutex::new(told);
+            let signal = move || drop(told.lock().unwrap().send(()));
+            Self { threads: Threads::new(Box::new(signal)), signals, held: Arc::default() }
+        }
+
+        fn start(&mut self, number: usize, fd: RawFd, one_by_one: bool, gate: Option<Receiver<()>>) {
+            self.held.fetch_add(1, Ordering::SeqCst);
+            let lane = Lane { fd, one_by_one };
+            self.threads.start(Gate { number, lane, gate, held: self.held.clone() });
+        }
+
+        fn gated(&mut self, number: usize, fd: RawFd, one_by_one: bool) -> Sender<()> {
+            let (open, gate) = channel();
+            self.start(number, fd, one_by_one, Some(gate));
+            open
+        }
+
+        fn submit(&mut self) {
+            assert!(self.threads.submit().is_ok());
+        }
+
+        /// The numbers of what is over, when that is something.
+        fn wait(&mut self) -> Vec<usize> {
+            self.signals.recv_timeout(Duration::from_secs(30)).expect("nothing is over");
+            self.threads.take().iter().map(|job| job.number).collect()
+        }
+
+        fn wait_for(&mut self, count: usize) -> Vec<usize> {
+            let mut found = Vec::new();
+            while found.len() < count {
+                found.extend(self.wait());
+            }
+            assert_eq!(found.len(), count);
+            found
+        }
+    }
+
+    #[test]
+    fn jobs_that_wait_for_each_other_run_in_order_and_alone() {
+        let mut fixture = Fixture::new();
+        let first = fixture.gated(0, 7, true);
+        for number in 1..100 {
+            fixture.start(number, 7, true, None);
+        }
+        fixture.submit();
+        // Nothing overtakes the first one, which would be over by now.
+        fixture.start(100, 8, true, None);
+        fixture.submit();
+        assert_eq!(fixture.wait_for(1), [100]);
+        first.send(()).unwrap();
+        assert_eq!(fixture.wait_for(100), Vec::from_iter(0..100));
+    }
+
+    #[test]
+    fn files_that_hang_do_not_stop_others() {
+        let mut fixture = Fixture::new();
+        // More than the crew, and a file with more jobs than its lane takes.
+        let mut gates: Vec<_> = (0..3 * CREW).map(|n| fixture.gated(n, n as RawFd, true)).collect();
+        gates.extend((0..2 * WIDTH).map(|_| fixture.gated(99, 99, false)));
+        fixture.submit();
+        for number in 1000..1010 {
+            fixture.start(number, 500, true, None);
+            fixture.submit();
+            assert_eq!(fixture.wait_for(1), [number]);
+        }
+        let count = gates.len();
+        drop(gates);
+        fixture.wait_for(count);
+    }
+
+    #[test]
+    fn only_what_has_not_begun_is_taken_back() {
+        let mut fixture = Fixture::new();
+        let gate = fixture.gated(0, 7, true);
+        fixture.start(1, 7, true, None);
+        fixture.submit();
+        fixture.start(2, 7, true, None);
+        fixture.start(3, 8, true, None);
+        fixture.submit();
+        assert_eq!(fixture.wait_for(1), [3]);
+        // By now somebody is at the first one, or about to be: the lane before this one had its turn earlier.
+        fixture.start(4, 7, true, None);
+        for number in [1, 4] {
+            assert!(fixture.threads.withdraw(|job| job.number == number).is_some());
+            assert!(fixture.threads.withdraw(|job| job.number == number).is_none());
+        }
+        gate.send(()).unwrap();
+        assert_eq!(fixture.wait_for(2), [0, 2]);
+        assert!(fixture.threads.withdraw(|job| job.number == 2).is_none());
+        assert_eq!(fixture.held.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn the_end_waits_for_what_has_begun_and_gives_back_the_rest() {
+        let mut fixture = Fixture::new();
+        let gate = fixture.gated(0, 7, true);
+        fixture.start(1, 7, true, None);
+        fixture.start(2, 8, true, None);
+        fixture.submit();
+        assert_eq!(fixture.wait_for(1), [2]);
+        fixture.start(3, 9, true, None);
+        let held = fixture.held.clone();
+        let opener = std::thread::spawn(move || gate.send(()));
+        drop(fixture);
+        assert_eq!(held.load(Ordering::SeqCst), 0);
+        // Nobody is at it any more, or nobody has begun it.
+        let _ = opener.join().unwrap();
+    }
+
+    #[test]
+    fn threads_that_nobody_needs_end_and_come_back() {
+        let mut fixture = Fixture::new();
+        for number in 0..3 {
+            fixture.start(number, 7, true, None);
+            fixture.submit();
+            assert_eq!(fixture.wait_for(1), [number]);
+            while fixture.threads.shared.lock().threads > 0 {
+                std::thread::sleep(IDLE);
+            }
+            assert!(fixture.threads.shared.lock().lanes.is_empty());
+        }
+    }
+
+    #[test]
+    fn one_signal_until_it_is_looked_at() {
+        let mut fixture = Fixture::new();
+        for number in 0..50 {
+            fixture.start(number, 7, true, None);
+        }
+        fixture.submit();
+        while fixture.threads.shared.lock().over.len() < 50 {
+            std::thread::yield_now();
+        }
+        fixture.wait_for(50);
+        assert!(fixture.signals.try_recv().is_err());
+    }
+}
+
+/// Run with `rust/check-memory loom`.
+#[cfg(all(test, loom))]
+mod model {
+    use loom::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    struct Count(RawFd, Arc<AtomicUsize>);
+
+    impl Job for Count {
+        fn lane(&self) -> Lane {
+            Lane { fd: self.0, one_by_one: true }
+        }
+
+        fn run(&mut self) {
+            self.1.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn explore(fds: [RawFd; 2]) {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(2);
+        model.check(move || {
+            let signalled = Arc::new((Mutex::new(0), Condvar::new()));
+            let told = signalled.clone();
+            let mut threads = Threads::new(Box::new(move || {
+                *told.0.lock().unwrap() += 1;
+                told.1.notify_one();
+            }));
+            let ran = Arc::new(AtomicUsize::new(0));
+            for fd in fds {
+                threads.start(Count(fd, ran.clone()));
+                assert!(threads.submit().is_ok());
+            }
+            let mut over = 0;
+            while over < 2 {
+                // Whoever is not told waits for ever, which loom finds.
+                let mut signals = signalled.0.lock().unwrap();
+                while *signals == 0 {
+                    signals = signalled.1.wait(signals).unwrap();
+                }
+                *signals = 0;
+                drop(signals);
+                over += threads.take().len();
+            }
+            drop(threads);
+            assert_eq!((over, ran.load(Ordering::Relaxed)), (2, 2));
+        });
+    }
+
+    #[test]
+    fn every_job_is_done_once_and_its_end_is_told() {
+        explore([7, 7]);
+    }
+
+    #[test]
+    fn jobs_for_two_files() {
+        explore([7, 8]);
     }
 }
