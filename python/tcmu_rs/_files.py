@@ -1,8 +1,8 @@
 """Transfers between files and memory: what the page cache cannot do at once.
 
-There is one queue for all devices that a run of trio serves. It lives as long as one of them is served, or a transfer is
-under way; a system task waits for what is over, and wakes up who waits for that. What is started in one pass of the loop
-begins together, in the next.
+There is one queue for all devices that a run of trio serves. It lives as long as one of them is served, or a transfer
+is under way; a system task waits for what is over, and wakes up who waits for that. What is started in one pass of the
+loop begins together, in the next.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Queue:
     async def finish(self, transfer: _native.Transfer) -> None:
         """Does a transfer, and returns or raises when its memory is not used any more.
 
-        One that is cancelled is asked to end early, and waited for. If it ends well all the same, that is what happened.
+        One that is cancelled is asked to end early, and waited for. If it ends well all the same, so be it.
         """
         ticket = self._queue.start(transfer)
         self._waiting[ticket] = trio.lowlevel.current_task()
@@ -72,11 +72,12 @@ class _Queue:
                 self._take()
 
     def _take(self) -> None:
+        over: list[tuple[int, OSError | None]]
         try:
             over = self._queue.finish()
-        except OSError as error:
-            # The queue is broken, which only a defect can do. Its memory stays lent.
-            over = [(ticket, error) for ticket in self._waiting]
+        except OSError as broken:
+            # Only a defect can do that. Its memory stays lent.
+            over = [(ticket, broken) for ticket in self._waiting]
         for ticket, error in over:
             task = self._waiting.pop(ticket, None)
             if task is not None:

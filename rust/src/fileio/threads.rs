@@ -136,7 +136,7 @@ impl<J: Job> Threads<J> {
         for job in self.started.drain(..) {
             state.put(job);
         }
-        self.shared.call_up(state).map_err(|error| {
+        Shared::call_up(&self.shared, state).map_err(|error| {
             let mut state = self.shared.lock();
             state.turns.clear();
             (error, state.lanes.drain().flat_map(|(_, line)| line.waiting).collect())
@@ -216,13 +216,13 @@ impl<J: Job> Shared<J> {
     }
 
     /// Sees to it that somebody looks at the turns that are left, if there are any.
-    fn call_up(self: &Arc<Self>, mut state: MutexGuard<'_, State<J>>) -> io::Result<()> {
+    fn call_up(this: &Arc<Self>, mut state: MutexGuard<'_, State<J>>) -> io::Result<()> {
         if state.turns.is_empty() || state.closing {
             return Ok(());
         }
         if state.idle > 0 {
             drop(state);
-            self.changed.notify_one();
+            this.changed.notify_one();
             return Ok(());
         }
         // One that has just been started, or woken up, has not begun anything yet.
@@ -231,12 +231,12 @@ impl<J: Job> Shared<J> {
         }
         state.threads += 1;
         drop(state);
-        let shared = self.clone();
-        let started = thread::Builder::new().name("tcmu-rs files".into()).spawn(move || shared.work());
+        let shared = this.clone();
+        let started = thread::Builder::new().name("tcmu-rs files".into()).spawn(move || Self::work(&shared));
         match started {
             Ok(_) => Ok(()),
             Err(error) => {
-                let mut state = self.lock();
+                let mut state = this.lock();
                 state.threads -= 1;
                 if state.threads == 0 { Err(error) } else { Ok(()) }
             }
@@ -244,8 +244,8 @@ impl<J: Job> Shared<J> {
     }
 
     /// The life of a thread.
-    fn work(self: Arc<Self>) {
-        let mut state = self.lock();
+    fn work(this: &Arc<Self>) {
+        let mut state = this.lock();
         loop {
             let now = Instant::now();
             let enough = if state.turns.is_empty() { None } else { state.enough(now) };
@@ -254,17 +254,16 @@ impl<J: Job> Shared<J> {
             {
                 state.begun.push(now);
                 // Others have something to do, too, or will have if this one hangs.
-                let _ = self.call_up(state);
+                let _ = Self::call_up(this, state);
                 job.run();
-                state = self.lock();
-                state = self.end(state, lane, now, job);
+                state = this.end(this.lock(), lane, now, job);
                 continue;
             }
             if state.closing {
                 break;
             }
             state.idle += 1;
-            let (woken, result) = self
+            let (woken, result) = this
                 .changed
                 .wait_timeout(state, enough.unwrap_or(IDLE))
                 .expect("nobody panics with the lock");
@@ -276,7 +275,7 @@ impl<J: Job> Shared<J> {
         }
         state.threads -= 1;
         drop(state);
-        self.changed.notify_all();
+        this.changed.notify_all();
     }
 
     fn end<'a>(
@@ -374,7 +373,7 @@ mod tests {
         fn new() -> Self {
             let (told, signals) = channel();
             let told = Mutex::new(told);
-            let signal = move || drop(told.lock().unwrap().send(()));
+            let signal = move || told.lock().unwrap().send(()).unwrap_or_default();
             Self { threads: Threads::new(Box::new(signal)), signals, held: Arc::default() }
         }
 

@@ -17,7 +17,7 @@ use crate::fileio::queue::{Queue, Ticket};
 use crate::fileio::{self, Operation};
 
 /// From so many bytes on a copy is worth the handing over of the interpreter (about 0.1 us, see `bench/RESULTS.md`).
-const RELEASE: usize = 128 << 10;
+pub const RELEASE: usize = 128 << 10;
 
 /// The memory of a transfer.
 pub enum Held {

@@ -257,6 +257,10 @@ pub struct Walk {
     _held: Held,
 }
 
+// SAFETY: what is not `Send` are the addresses. They are of the memory of `_held`, which may change threads: it is valid
+// and stays where it is until that is dropped, whoever has the interpreter meanwhile.
+unsafe impl Send for Walk {}
+
 impl Walk {
     /// Copies the next bytes out; fewer, if there are no more.
     pub fn read(&mut self, into: &mut [u8]) {
