@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn
 
 import trio
 
@@ -31,6 +31,8 @@ class _Queue:
         self._closed = False
         trio.lowlevel.spawn_system_task(self._serve, name="<tcmu_rs files>")
 
+    # Ctrl-C comes between any two lines elsewhere: a transfer would be started, and nobody wait for it.
+    @trio.lowlevel.enable_ki_protection
     async def finish(self, transfer: _native.Transfer) -> None:
         """Does a transfer, and returns or raises when its memory is not used any more.
 
@@ -142,8 +144,7 @@ class _User:
 USER = _User()
 
 
-# Ctrl-C comes between any two lines elsewhere: a transfer would be started, and nobody wait for it.
 @trio.lowlevel.enable_ki_protection
-async def finish(transfer: _native.Transfer) -> None:
+def finish(transfer: _native.Transfer) -> Coroutine[Any, Any, None]:
     """Does what is left of a transfer."""
-    await _open().finish(transfer)
+    return _open().finish(transfer)

@@ -157,6 +157,7 @@ class Device:
         self._running = 0
         self._pumping = False
         self._dirty = False
+        self._committing = False
         self._stopping = False
         self._broken = False
         self._drained = trio.Event()
@@ -466,15 +467,20 @@ class Device:
     async def _work(self, scope: trio.CancelScope) -> None:
         """Runs commands and watches the ring until the scope is spent on an aborted command, or the device stops."""
         waited = False
-        while not (self._stopping or scope.cancel_called):
+        while not self._stopping:
             if self._pending and self._running < self._max_in_flight:
-                await self._run(self._pending.popleft(), scope)
+                # Only a command that is suspended can be aborted. To ask the scope is not cheap.
+                if await self._run(self._pending.popleft(), scope) and scope.cancel_called:
+                    return
                 continue
-            if self._dirty:
+            if self._dirty and not self._committing:
                 # Others may finish in this pass of the loop too: one doorbell for all of them. When none can, at once.
                 if self._running and not waited:
-                    waited = True
-                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    waited = self._committing = True
+                    try:
+                        await trio.lowlevel.cancel_shielded_checkpoint()
+                    finally:
+                        self._committing = False
                     continue
                 self._commit()
                 waited = False
@@ -544,13 +550,14 @@ class Device:
             self._workers += 1
             self._nursery.start_soon(self._worker, name=f"<tcmu_rs worker of {self.name}>")
 
-    async def _run(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
-        """Runs one command to its answer, whatever happens."""
+    async def _run(self, cmd: _native.Command, scope: trio.CancelScope) -> bool:
+        """Runs one command to its answer, whatever happens. Returns whether it was suspended."""
         self._running += 1
         failure: _errors.Failure | None = None
         crash: Exception | None = None
         verb = cmd.begin()
         steps = 0
+        suspended = False
         try:
             if cmd.answered:
                 # IMMED: the initiator does not wait for what follows.
@@ -570,6 +577,7 @@ class Device:
                     except StopIteration as stop:
                         result = stop.value
                     else:
+                        suspended = True
                         # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
                         cmd_id = None if cmd.answered else cmd.id
                         if cmd_id is not None:
@@ -594,6 +602,7 @@ class Device:
                 steps += 1
                 if steps % STEPS == 0:
                     # A handler that never suspends must not keep the loop for the length of a FORMAT UNIT.
+                    suspended = True
                     await self._pause(cmd, scope)
         except _errors.DeviceError:
             raise
@@ -626,6 +635,7 @@ class Device:
                 raise crash
             finally:
                 del crash
+        return suspended
 
     def _only_cancelled(self, error: BaseException, verb: int | None) -> BaseException | None:
         """What is left of a cancellation without the errors of a handler that had tasks of its own; None if more is."""

@@ -60,9 +60,10 @@ impl<M> Task<M> {
 
 /// Transfers under way.
 pub struct Queue<M: Memory + 'static> {
-    event: Arc<OwnedFd>,
     uring: Option<Uring<M>>,
     threads: Threads<Task<M>>,
+    /// Behind those who use it, so that it is closed when they are gone.
+    event: Arc<OwnedFd>,
     in_threads: usize,
     started: u64,
     /// It was told that something is to be begun.
@@ -85,9 +86,14 @@ impl<M: Memory + 'static> Queue<M> {
     pub fn new(with_io_uring: bool) -> io::Result<Self> {
         let event = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let uring = if with_io_uring { Some(Uring::new(event.as_fd())?) } else { None };
-        let told = event.clone();
-        let threads = Threads::new(Box::new(move || signal(&told)));
-        Ok(Self { event, uring, threads, in_threads: 0, started: 0, due: false, finished: Vec::new() })
+        // The end of the queue closes it, and not that of a thread, which may come a moment later.
+        let told = Arc::downgrade(&event);
+        let threads = Threads::new(Box::new(move || {
+            if let Some(event) = told.upgrade() {
+                signal(&event);
+            }
+        }));
+        Ok(Self { uring, threads, event, in_threads: 0, started: 0, due: false, finished: Vec::new() })
     }
 
     /// The descriptor that is readable when [`Queue::finish`] is due: it has something to begin, or to return.
