@@ -102,7 +102,7 @@ def one_input(data: bytes) -> None:
         return
     flags = data[0]
     whole, only_log = damage(data)
-    put(whole)
+    put(bytes(whole))
     trio.run(read_all, Qcow2Handler(PATH, read_only=True))
     good = look()
     if flags & WRITE:
