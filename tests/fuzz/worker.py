@@ -54,11 +54,11 @@ def main() -> None:
         import atheris
     except ImportError:
         one_input = strict(load(name).one_input)
-        places = [argument for argument in arguments if not argument.startswith("-")]
-        for number, path in enumerate(inputs(places)):
+        paths = inputs([argument for argument in arguments if not argument.startswith("-")])
+        for path in paths:
             print(f"Running: {path}", file=sys.stderr)
             one_input(path.read_bytes())
-            print(f"stat::number_of_executed_units: {number + 1}", file=sys.stderr)
+        print(f"stat::number_of_executed_units: {len(paths)}", file=sys.stderr)
         return
     with atheris.instrument_imports(include=["tcmu_rs"], exclude=EXCLUDED):
         module = load(name)
