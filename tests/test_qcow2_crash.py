@@ -33,6 +33,7 @@ IMAGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "compressed, 512": (["-o", "cluster_size=512,compression_type=zstd"], {"compress": True}),
     "deflate": (["-o", "cluster_size=4k,compression_type=zlib"], {"compress": True}),
     "refcounts of 1 bit": (["-o", "cluster_size=4k,refcount_bits=1"], {}),
+    "subclusters": (["-o", "cluster_size=16k,extended_l2=on"], {}),
     "version 2": (["-o", "cluster_size=4k,compat=0.10"], {"compress": True}),
 }
 # So small that all of the log and the cache are used.
