@@ -6,6 +6,7 @@ refused with a documented exception that says something, and what is taken comes
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import tempfile
@@ -24,7 +25,6 @@ _registry.providers = functools.cache(_registry.providers)
 for _name in _registry.providers():
     _registry.load(_name)
 _NOWHERE = tempfile.TemporaryDirectory()
-os.chdir(_NOWHERE.name)
 
 OPEN = ("file", "luks", "qcow2", "zstd")
 """Handlers whose `open` finds out what there is."""
@@ -75,7 +75,11 @@ def handlers(name: str, config: str, words: list[str]) -> None:
 
 
 def one_input(data: bytes) -> None:
-    text = os.fsdecode(data)
+    with contextlib.chdir(_NOWHERE.name):
+        read_in_every_way(os.fsdecode(data))
+
+
+def read_in_every_way(text: str) -> None:
     words = text.split("\x01")
     spec = refused(_registry.parse_spec, words[0], by=(ValueError,))
     if spec is not None:

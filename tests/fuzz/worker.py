@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,9 @@ def main() -> None:
         return
     with atheris.instrument_imports(include=["tcmu_rs"], exclude=EXCLUDED):
         module = load(name)
-    atheris.Setup([sys.argv[0], *arguments], strict(module.one_input))
+    # libFuzzer starts itself again by this, through a shell, where it merges corpora.
+    again = f"{shlex.quote(sys.executable)} -m tests.fuzz.worker {name}"
+    atheris.Setup([again, *arguments], strict(module.one_input))
     atheris.Fuzz()
 
 
