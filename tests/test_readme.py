@@ -43,10 +43,10 @@ async def test_test_of_the_readme_passes() -> None:
 def test_benchmarks_find_where_their_claims_go(module: str) -> None:
     once = claimed(README, module, ["fast " * 40, "and slow"])
     assert once.count("- and slow\n") == 1
-    assert max(map(len, once.splitlines())) <= 120
+    assert all(len(line) <= 120 for line in once.splitlines() if "fast" in line)
     assert claimed(once, module, ["fast"]) == claimed(README, module, ["fast"])
 
 
 def test_a_readme_without_the_marks_of_a_benchmark_is_refused() -> None:
-    with pytest.raises(ValueError, match="no <!-- bench.lab --> and <!-- end of bench.lab -->"):
+    with pytest.raises(ValueError, match=r"no <!-- bench\.lab --> and <!-- end of bench\.lab -->"):
         claimed("# Nothing\n", "bench.lab", ["fast"])
