@@ -14,6 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tcmu_rs import IoVec, Options, _adoption, _cli, _runtime
 from tcmu_rs.handlers.file import FileHandler
 from tcmu_rs.handlers.luks import LuksHandler
+from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler
 from tcmu_rs.handlers.ram import RamHandler
 from tcmu_rs.testing import SimulatedDisk, simulated
 from tcmu_rs.testing.faults import Faulty
@@ -292,6 +293,27 @@ async def test_layers_pass_it_down_less_what_is_theirs() -> None:
         assert await disk.read(0, 4096) == b"k" * 4096
         with pytest.raises(ValueError, match=r"is no size|whole blocks"):
             await disk.device.resize(payload + 512)
+
+
+async def test_an_image_grows_and_shrinks_with_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    await Qcow2Handler.create(str(path), Options(size=MIB))
+    handler = Qcow2Handler(path, size=MIB)
+    async with simulated(handler) as disk:
+        await disk.write(MIB - BLOCK, b"x" * BLOCK)
+        await disk.device.resize(1 << 40)
+        await disk.scsi(TEST_UNIT_READY)
+        await disk.write((1 << 40) - BLOCK, b"y" * BLOCK)
+        assert await disk.read(MIB - BLOCK, 2 * BLOCK) == b"x" * BLOCK + bytes(BLOCK)
+        await disk.device.resize(MIB // 2, shrink=True)
+        await disk.device.resize(2 * MIB)
+        await disk.scsi(TEST_UNIT_READY)
+        assert await disk.read(0, 2 * MIB) == bytes(2 * MIB)
+        with pytest.raises(Qcow2Error, match="too many"):
+            await disk.device.resize(1 << 62)
+        await disk.write(0, b"z" * BLOCK)
+        assert await disk.read(0, BLOCK) == b"z" * BLOCK
+    assert await Qcow2Handler.check(str(path), Options()) == {"ok": True, "problems": [], "repaired": False}
 
 
 # Servers that come after.

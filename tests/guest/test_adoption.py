@@ -107,8 +107,8 @@ def test_another_device_is_not_adopted(image: Path, tmp_path: Path) -> None:
     assert "left by a dead process with no options, not read-only" in run(
         "attach", f"file:{image}", "--name", "disk", "--read-only", code=1
     )
-    assert "with no options, not direct=on" in run(
-        "attach", f"file:{image}", "--name", "disk", "-o", "direct=on", code=1
+    assert "with no options, not direct=off" in run(
+        "attach", f"file:{image}", "--name", "disk", "-o", "direct=off", code=1
     )
     # Blocked since the first of them that was near enough: its initiators are told that it is busy.
     assert state_of("disk") == "blocked"
