@@ -189,7 +189,8 @@ class BlockHandler(Handler):
     `set_size(self, size)`
         Make the storage `size` bytes, durably, and set `self.size`; what is new reads as what was discarded, what is
         behind the end is gone. Nothing else of the handler runs meanwhile. If it raises, `self.size` is what there is
-        then. **If omitted**, or with `can_set_size` False: the disk is not resized in service.
+        then; a `ValueError` is for sizes that it cannot have. **If omitted**, or with `can_set_size` False: the disk is
+        not resized in service.
     `scsi_command(self, cmd)`
         Asked first about every command; as `Handler.command`, or return `NotImplemented` to leave it to the
         emulation.

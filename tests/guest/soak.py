@@ -32,7 +32,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tcmu_rs import _devices
+import trio
+
+from tcmu_rs import _devices, _resize, _upgrade
 
 from .disks import CHECK_FILE_SYSTEM, MAKE_FILE_SYSTEM, MIB, REAL_TREES, TCMU_RS, KernelLog, checksums
 
@@ -253,32 +255,46 @@ def kill(name: str, report: Report) -> None:
 
 
 def upgrade(name: str, report: Report) -> None:
-    """Has a server replaced."""
-    done = subprocess.run([str(TCMU_RS), "upgrade", name], capture_output=True, text=True, check=False)
-    tell(f"{name}: upgraded, {done.stdout.strip()} {done.stderr.strip()}")
-    if done.returncode == 0:
-        report.upgrades += 1
-    elif re.search(r"within \d+ s", done.stderr):
-        report.refused += 1
+    """Has a server replaced, as `tcmu-rs upgrade` does."""
+    if (pid := server_of(name)) is None:
+        raise RuntimeError(f"nobody serves {name}")
+    try:
+        answer = trio.run(_upgrade.ask, pid)
+    except _upgrade.UpgradeError as error:
+        tell(f"{name}: not upgraded: {error}")
+        if re.search(r"within \d+ s", str(error)):
+            report.refused += 1
+        else:
+            report.io_errors.append(f"upgrade: {error}")
     else:
-        report.io_errors.append(f"upgrade: {done.stderr.strip()}")
+        tell(f"{name}: upgraded, {answer['pid']} serves")
+        report.upgrades += 1
 
 
 def resize(name: str, image: Path, path: str, report: Report, chance: random.Random) -> None:
-    """Has a disk changed behind what is in use; of three servers one is killed meanwhile."""
+    """Has a disk changed behind what is in use, as `tcmu-rs resize` does; of three servers one is killed meanwhile."""
     now = image.stat().st_size
     size = SIZE + chance.randrange(1, 64) * MIB
-    command = [str(TCMU_RS), "resize", f"file:{image}", "--size", str(size), "--shrink"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if chance.random() < 0.33:
-        # It takes about that long to get to the server.
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0, 4))
+    said: list[str] = []
+
+    def change() -> None:
+        try:
+            if (device := _resize.find("file", str(image))) is None:
+                raise RuntimeError(f"{name} is gone")
+            _resize.served(device, size, shrink=True)
+        except _resize.ResizeError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=change, name="resize")
+    thread.start()
+    if is_killed := chance.random() < 0.33:
+        # It takes about that long to get to the server and back.
+        thread.join(chance.uniform(0, 1))
         kill(name, report)
-    said = process.communicate()[0]
+    thread.join()
     found = image.stat().st_size
-    tell(f"{name}: {now >> 20} MiB to {size >> 20}: {found >> 20}, {process.returncode} {said.strip()}")
-    if found not in (now, size) or (process.returncode == 0 and found != size):
+    tell(f"{name}: {now >> 20} MiB to {size >> 20}: {found >> 20} {' '.join(said)}")
+    if found not in (now, size) or (found != size and not said) or (said and not is_killed):
         report.io_errors.append(f"{image} has {found} bytes after a resize from {now} to {size}: {said}")
     Path("/sys/class/block", Path(path).name, "device/rescan").write_text("1")
     with Path(path).open("rb") as disk:
