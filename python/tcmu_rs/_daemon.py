@@ -163,27 +163,33 @@ class Daemon:
 
     async def _reconfigure(self, event: DeviceEvent, key: _Key) -> None:
         """Does what somebody has written to an attribute of a device in service: `dev_size`, if it grows."""
+        status = -errno.EINTR
+        try:
+            status = await self._resize(event.size, key)
+        finally:
+            # Also when the daemon ends meanwhile: whoever has written waits for it, for ever.
+            self._events.reply(event, status)
+
+    async def _resize(self, size: int | None, key: _Key) -> int:
+        """Returns 0, or a negative error number."""
         name = "/".join(map(str, key))
         service = self._services.get(key)
-        status = -errno.EOPNOTSUPP
-        if service is None or service.device is None:
-            status = -errno.EAGAIN
-        elif event.size is None:
+        if size is None:
             _log.warning("%s: only the size of a device in service can be changed", name)
-        else:
-            device = service.device
-            try:
-                await device.resize(event.size)
-                status = 0
-            except Exception as error:
-                _log.error("%s: not resized: %s", name, error)
-                status = -((error.errno if isinstance(error, OSError) else 0) or errno.EINVAL)
-                # Where the kernel does not wait for us it has taken the number over already.
-                with suppress(_lio.LioError, OSError, trio.TooSlowError):
-                    with trio.fail_after(_SERIAL_WITHIN):
-                        backstore = _lio.Backstore(device.name, key[0], "")
-                        await trio.to_thread.run_sync(_lio.set_size, backstore, device.size, abandon_on_cancel=True)
-        self._events.reply(event, status)
+            return -errno.EOPNOTSUPP
+        if service is None or service.device is None:
+            return -errno.EAGAIN
+        device = service.device
+        try:
+            await device.resize(size)
+        except Exception as error:
+            _log.error("%s: not resized: %s", name, error)
+            # Where the kernel does not wait for us it has taken the number over already.
+            with suppress(_lio.LioError, OSError, trio.TooSlowError), trio.fail_after(_SERIAL_WITHIN):
+                backstore = _lio.Backstore(device.name, key[0], "")
+                await trio.to_thread.run_sync(_lio.set_size, backstore, device.size, abandon_on_cancel=True)
+            return -((error.errno if isinstance(error, OSError) else 0) or errno.EINVAL)
+        return 0
 
     def _rescan(self, nursery: trio.Nursery) -> None:
         for uio in _sysfs.scan():
