@@ -414,8 +414,7 @@ def set_size(backstore: Backstore, size: int) -> None:
     By way of `control`, which announces nothing: the attribute would ask whoever listens, and fail if nobody does.
 
     Raises:
-        FileNotFoundError: The device is gone.
-        LioError: The kernel did not take it over.
+        LioError: The device is gone, or the kernel did not take it over.
     """
     _write(backstore.path / "control", f"dev_size={size}")
     if (found := device_size(backstore)) != size:
