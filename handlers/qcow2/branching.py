@@ -48,9 +48,8 @@ class Branching:
             raise Qcow2Error(f"there is a snapshot {name!r} already")
         numbers = [int(one.id) for one in snapshots if one.id.isascii() and one.id.isdigit()]
         tables = self._image.tables
+        self._check_users(tables)
         self._begin()
-        if self._most_users(tables) * 2 > self._changes.refcounts.max:
-            raise Qcow2Error(f"the refcounts of the image cannot count more than {self._changes.refcounts.max} users")
         self._count(tables, 1)
         self._mark_copied(tables)
         l1_offset = self._copy_l1(tables, tables.l1_entries)
@@ -74,6 +73,7 @@ class Branching:
         found = find_snapshot(read_snapshots(self._pages, self._header), which)
         tables = self._image.tables
         kept = self._tables_of(found)
+        self._check_users(kept)
         self._begin()
         self._count(kept, 1)
         self._count(tables, -1)
@@ -113,6 +113,11 @@ class Branching:
             return range(offset >> self._bits, ((offset + length - 1) >> self._bits) + 1)
         host = tables.host(entry) >> self._bits
         return range(host, host + 1) if host else range(0)
+
+    def _check_users(self, tables: Tables) -> None:
+        """Refuses what would make more users of something in a map than can be counted."""
+        if self._most_users(tables) * 2 > self._changes.refcounts.max:
+            raise Qcow2Error(f"the refcounts of the image cannot count more than {self._changes.refcounts.max} users")
 
     def _most_users(self, tables: Tables) -> int:
         """The highest refcount of anything in a map."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tcmu_rs import IoVec
 
@@ -16,9 +18,15 @@ from .header import CORRUPT, DATA_FILE, MAGIC, SECTOR, Header, parse
 from .image import Image, RawSource, Source
 from .log import SAVED_SECTOR, Chain, read_chain
 from .pages import Pages
+from .payload import Locked, Payload
 from .snapshots import find_snapshot, read_snapshots
 from .storage import Storage
 from .tables import Tables
+
+if TYPE_CHECKING:
+    from tcmu_rs.handlers.luks.keys import KeyProvider
+
+    from .payload import Cipher
 
 MAX_CHAIN = 64
 _HEAD = 64 << 10
@@ -43,6 +51,17 @@ def read_header(storage: Storage) -> Header:
         raise Qcow2Error(f"{storage.path}: {error}") from None
 
 
+def is_encrypted(path: str | os.PathLike[str]) -> bool:
+    """Whether an image has the encryption of LUKS, as far as that can be seen."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(36)
+            return head[:4] == MAGIC and head[32:] == b"\0\0\0\2"
+    except OSError:
+        # Whoever opens it says what is wrong.
+        return False
+
+
 def open_image(
     path: str | os.PathLike[str],
     *,
@@ -50,6 +69,8 @@ def open_image(
     snapshot: str | None = None,
     root: str | os.PathLike[str] | None = None,
     storage: StorageFactory = Storage,
+    keys: KeyProvider | None = None,
+    locked: bool = False,
     chain: tuple[tuple[int, int], ...] = (),
 ) -> Image:
     """Opens an image and what is below it. Blocks.
@@ -60,10 +81,13 @@ def open_image(
         snapshot: ID or name of an internal snapshot to read instead.
         root: Directory in which the files have to be that it names; its own if not given.
         storage: Opens files.
+        keys: Gives the passphrase of each image that is encrypted.
+        locked: Without `keys`, open an encrypted image all the same: its map is there, its data is not.
         chain: Device and inode of the images above.
 
     Raises:
         Qcow2Error: It is damaged, not supported, or names what it must not.
+        LuksError: A passphrase is wrong, or the LUKS header is damaged or not supported.
         OSError: A file cannot be opened.
     """
     root = Path(os.path.realpath(root if root is not None else Path(path).parent))
@@ -82,11 +106,13 @@ def open_image(
             if header.data_file is None:
                 raise Qcow2Error(f"{path} does not say what its data file is")
             data = storage(_resolve(path, header.data_file, root, "data file"), writable=writable)
+        cipher = _cipher(file, header, keys, locked=locked, writable=writable)
+        payload = Payload(data or file, cipher, external=data is not None, raw=header.raw_data_file)
         pages = Pages(file, header.cluster_size)
         chain_of_log = None
         pieces: dict[int, list[tuple[int, bytes]]] = {}
         if header.log is not None:
-            chain_of_log = read_chain(file, header.log, pages.size)
+            chain_of_log = read_chain(file, header.log, pages.size, None if isinstance(cipher, Locked) else cipher)
             header, pieces = _replay(file, pages, header, chain_of_log)
         size, tables = header.size, Tables(pages, header)
         if snapshot is not None:
@@ -94,9 +120,10 @@ def open_image(
             tables = Tables(pages, header, l1_offset=found.l1_offset, l1_entries=found.l1_entries)
             size = found.disk_size
         if header.backing is not None:
-            backing = _open_backing(path, header, root, storage, chain)
-        image = Image(file, header, pages, tables=tables, size=size, backing=backing, data=data)
-        if snapshot is None:
+            below = functools.partial(open_image, writable=False, root=root, storage=storage, keys=keys, locked=locked)
+            backing = _open_backing(path, header, root, storage, below, chain)
+        image = Image(file, header, pages, tables=tables, size=size, backing=backing, payload=payload)
+        if snapshot is None and not isinstance(cipher, Locked):
             for cluster, parts in pieces.items():
                 content = bytearray(header.cluster_size)
                 image.read(cluster << header.cluster_bits, IoVec([content]), wait=True)
@@ -114,6 +141,19 @@ def open_image(
         if backing is not None:
             backing.close()
         raise
+
+
+def _cipher(file: Storage, header: Header, keys: KeyProvider | None, *, locked: bool, writable: bool) -> Cipher | None:
+    """The cipher of an image, None if it is not encrypted."""
+    if not header.crypt_method:
+        return None
+    if keys is None:
+        if not locked or (writable and header.log is not None):
+            raise Qcow2Error(f"{file.path} is encrypted: say where its passphrase is, such as -o key-file=PATH")
+        return Locked(file)
+    from .encryption import unlock
+
+    return unlock(file, header, keys, writable=writable)
 
 
 def _replay(
@@ -150,6 +190,7 @@ def _open_backing(
     header: Header,
     root: Path,
     storage: StorageFactory,
+    below: Callable[..., Image],
     chain: tuple[tuple[int, int], ...],
 ) -> Source:
     assert header.backing is not None
@@ -166,7 +207,7 @@ def _open_backing(
     if kind not in (None, "raw", "qcow2", "file", "host_device"):
         raise Qcow2Error(f"{path}: a backing file of format {kind!r} is not supported: raw and qcow2 are")
     if kind == "qcow2":
-        return open_image(place, writable=False, root=root, storage=storage, chain=chain)
+        return below(place, chain=chain)
     file = storage(place, writable=False)
     if kind is None and file.pread(0, 4) == MAGIC:
         file.close()

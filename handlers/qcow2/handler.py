@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import trio
 from tcmu_rs import BlockHandler, ExtentState, IoVec, Options, WriteProtected
 
 from . import offline, tools
+from ._errors import Qcow2Error
 from .branching import Branching
-from .chain import open_image
+from .chain import is_encrypted, open_image
 from .image import Image, Kind
 from .pages import Cold
 from .snapshots import read_snapshots
@@ -25,13 +27,18 @@ from .writer import CACHE, IDLE, Writer
 if TYPE_CHECKING:
     from typing import Self
 
+    from tcmu_rs.handlers.luks.keys import KeyProvider
+    from tcmu_rs.handlers.luks.volume import NewContainer
+
 _PATIENCE = 64
 """How often a read is tried again after what it lacked was brought into memory."""
 _MAX_EXTENTS = 256
 _LEVELS = (9, 22)
 """The highest levels of zlib and zstd."""
+_KEYS = "key-file, passphrase-fd, credential"
+"""Options that say where a passphrase is."""
 _LARGE = 128 << 10
-"""Bytes of a read that is worth a thread."""
+"""Bytes to decompress that are worth a thread."""
 
 
 class Qcow2Handler(BlockHandler):
@@ -50,12 +57,16 @@ class Qcow2Handler(BlockHandler):
         cache_size: Bytes of dirty clusters that are kept in memory.
         log_size: Bytes of the log, while the image is open; by default it goes with the size of the disk.
         idle: Seconds without a write after which everything is written back; None for never.
+        key_provider: Called at `open` for each image that is encrypted with LUKS, with the UUID, for the passphrase. An
+            `async def`, or a plain function, which is called in a thread. A `bytearray` that it returns is wiped.
 
     Attributes:
         was_replayed: `open` found a log, of an image that was not closed, and has replayed it.
 
     Raises:
         Qcow2Error: From `open`: it is no image, damaged, not supported, or names what it must not.
+        LuksError: From `open`: a LUKS header is damaged, or asks for what is not supported.
+        WrongPassphraseError: From `open`: the passphrase opens no keyslot.
         OSError: From `open`: a file cannot be opened, or is in use (EWOULDBLOCK).
     """
 
@@ -82,6 +93,7 @@ class Qcow2Handler(BlockHandler):
         cache_size: int = CACHE,
         log_size: int | None = None,
         idle: float | None = IDLE,
+        key_provider: KeyProvider | None = None,
     ) -> None:
         self.path = Path(path)
         self.block_size = block_size
@@ -90,6 +102,7 @@ class Qcow2Handler(BlockHandler):
         self._level = level
         self._snapshot = snapshot
         self._backing_root = backing_root
+        self._key_provider = key_provider
         self._wanted_size = size
         self._storage = storage
         self._writing: dict[str, Any] = {"cache_size": cache_size, "log_size": log_size, "idle": idle}
@@ -103,6 +116,8 @@ class Qcow2Handler(BlockHandler):
 
         `-o snapshot=NAME` serves an internal snapshot, read-only. `-o backing-root=DIR` says where backing files may
         be. `-o compression=on` writes compressed clusters, and `off` plain ones; `-o level=N` says how hard it tries.
+        The passphrase of an encrypted image comes from `-o key-file=PATH`, `-o passphrase-fd=N`, `-o credential=NAME`
+        or the person at the terminal; the encrypted images of a chain have the same.
         """
         cls._check_path(config)
         if options.create:
@@ -117,8 +132,9 @@ class Qcow2Handler(BlockHandler):
             read_only=options.read_only,
             block_size=options.block_size or 512,
             size=options.size,
+            key_provider=cls._keys(config, extra, options, ask=options.interactive),
         )
-        cls._check_options(extra, "snapshot, backing-root, compression and level")
+        cls._check_options(extra, f"snapshot, backing-root, compression, level, {_KEYS}")
         return handler
 
     @classmethod
@@ -126,10 +142,19 @@ class Qcow2Handler(BlockHandler):
         """Makes an empty image.
 
         Options are `cluster-size`, `refcount-bits`, `backing=NAME` and `backing-format=qcow2|raw`; the size is that of
-        the backing file if none is given.
+        the backing file if none is given. `encrypt=on` encrypts it with LUKS, by the passphrase that `key-file=PATH`
+        and so on give; `iter-time=MS` says how long one guess of it shall take here (1500).
         """
         cls._check_path(config)
         extra = dict(options.extra)
+        if _switch(extra, "encrypt", False):
+            return await cls._create_encrypted(config, options, extra)
+        return await cls._create(config, options, extra, None)
+
+    @classmethod
+    async def _create(
+        cls, config: str, options: Options, extra: dict[str, str], encryption: NewContainer | None
+    ) -> Self:
         make = functools.partial(
             tools.create,
             config,
@@ -138,13 +163,40 @@ class Qcow2Handler(BlockHandler):
             refcount_bits=_number(extra, "refcount-bits") or 16,
             backing=extra.pop("backing", None),
             backing_format=extra.pop("backing-format", None),
+            encryption=encryption,
         )
         later = ("backing-root", "compression", "level")
         unknown = {key: value for key, value in extra.items() if key not in later}
-        cls._check_options(unknown, f"cluster-size, refcount-bits, backing, backing-format, {', '.join(later)}")
+        cls._check_options(
+            unknown, f"cluster-size, refcount-bits, backing, backing-format, encrypt, {', '.join(later)}"
+        )
         # Those are for the image when it is used: `copy --create` goes on with it.
         handler = cls.from_config(config, replace(options, size=None, create=False, extra=extra))
         await trio.to_thread.run_sync(make)
+        return handler
+
+    @classmethod
+    async def _create_encrypted(cls, config: str, options: Options, extra: dict[str, str]) -> Self:
+        from tcmu_rs.handlers.luks import keys
+
+        from .encryption import make_encryption
+
+        if cls._compresses:
+            raise ValueError("compressed clusters would not be encrypted: make it with qcow2:PATH")
+        milliseconds = _number(extra, "iter-time") or 1500
+        (source,) = keys.take_sources(extra, config, interactive=options.interactive, new=True)
+
+        def prepare() -> tuple[bytes, Any]:
+            keys.forbid_core_dumps()
+            passphrase = bytes(source())
+            return passphrase, make_encryption([passphrase], seconds=milliseconds / 1000)
+
+        if await trio.Path(config).exists():
+            raise FileExistsError(errno.EEXIST, "there is such a file already", config)
+        passphrase, encryption = await trio.to_thread.run_sync(prepare, abandon_on_cancel=True)
+        handler = await cls._create(config, options, extra, encryption)
+        # The same person is not asked again.
+        handler._key_provider = lambda _: bytearray(passphrase)
         return handler
 
     @classmethod
@@ -181,7 +233,7 @@ class Qcow2Handler(BlockHandler):
         where = cls._where(config, options)
         repaired = False
         if repair:
-            async with cls(config, backing_root=where["root"]) as handler:
+            async with cls(config, backing_root=where["root"], key_provider=where["keys"]) as handler:
                 repaired = handler.was_replayed
         problems = await trio.to_thread.run_sync(lambda: offline.check_image(config, progress, **where))
         return {"ok": not problems, "problems": problems, "repaired": repaired}
@@ -234,11 +286,25 @@ class Qcow2Handler(BlockHandler):
         """Options that say where files may be; those of serving may stay on the command line."""
         cls._check_path(config)
         extra = dict(options.extra)
-        where = {"root": extra.pop("backing-root", None)}
+        where = {
+            "root": extra.pop("backing-root", None),
+            "keys": cls._keys(config, extra, options, ask=False),
+            "locked": True,
+        }
         for name in ("snapshot", "compression", "level"):
             extra.pop(name, None)
-        cls._check_options(extra, "backing-root")
+        cls._check_options(extra, f"backing-root, {_KEYS}")
         return where
+
+    @classmethod
+    def _keys(cls, config: str, extra: dict[str, str], options: Options, *, ask: bool) -> KeyProvider | None:
+        """Takes out of the options what says where the passphrase is."""
+        if not extra.keys() & set(_KEYS.split(", ")) and not (ask and is_encrypted(config)):
+            return None
+        from tcmu_rs.handlers.luks import keys
+
+        (source,) = keys.take_sources(extra, config, interactive=options.interactive)
+        return lambda _: source()
 
     @classmethod
     def _check_path(cls, config: str) -> None:
@@ -259,17 +325,20 @@ class Qcow2Handler(BlockHandler):
                 snapshot=self._snapshot,
                 root=self._backing_root,
                 storage=self._storage,
+                keys=self._key_provider,
             )
         )
         writer = None
         try:
             if self._wanted_size not in (None, image.size):
                 raise ValueError(f"{self.path} has {image.size} bytes, not the {self._wanted_size} that were asked for")
+            if self._key_provider is not None and not image.is_encrypted:
+                raise Qcow2Error(f"{self.path} is not encrypted: its data would be readable by all; leave the key out")
             image.block_size = self.block_size
             hardest = _LEVELS[image.header.compression_type]
             if self._level is not None and not 1 <= self._level <= hardest:
                 raise ValueError(f"level is {self._level}; for {image.header.compression_name()} it is 1 to {hardest}")
-            image.codec.level = self._level or 1
+            image.codec = image.codec.at_level(self._level or 1)
             if not self.read_only:
                 writer = Writer(image, compress=self._compress, chain=image.chain, **self._writing)
                 if image.chain is not None:
@@ -279,7 +348,8 @@ class Qcow2Handler(BlockHandler):
             image.close()
             raise
         self.size = image.size
-        self.can_set_size = not self.read_only
+        # Not encrypted ones: opening them again may ask a person, while initiators wait.
+        self.can_set_size = not self.read_only and not image.is_encrypted
         self.physical_block_size = max(self.block_size, min(4096, image.header.cluster_size))
         self.discard_granularity = image.header.cluster_size
         self._image, self._writer = image, writer
@@ -316,15 +386,18 @@ class Qcow2Handler(BlockHandler):
         """Reads; waits only for what is not in memory."""
         image = self._image
         assert image is not None
-        large = iov.nbytes >= _LARGE
+        single = iov.nbytes <= image.header.cluster_size
         for _ in range(_PATIENCE):
             try:
-                found = image.collect(offset, iov) if large else None
-                if found is None:
+                if single:
                     image.read(offset, iov, wait=False)
-                elif found:
+                    return
+                runs = image.collect(offset, iov)
+                if sum(len(run.places) for run in runs) << image.header.cluster_bits < _LARGE:
+                    image.decompress_into(runs)
+                else:
                     # Of several large reads one is decompressed beside the other.
-                    await trio.to_thread.run_sync(image.decompress_into, found)
+                    await trio.to_thread.run_sync(image.decompress_into, runs)
                 return
             except Cold as cold:
                 await trio.to_thread.run_sync(cold.warm)

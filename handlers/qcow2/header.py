@@ -29,6 +29,7 @@ _END = 0
 _BACKING_FORMAT = 0xE2792ACA
 _FEATURE_NAMES = 0x6803F857
 _DATA_FILE_NAME = 0x44415441
+_ENCRYPTION = 0x0537BE77
 _LOG = 0x7463574C
 _LOG_VERSION = 1
 
@@ -39,6 +40,8 @@ _MAX_SIZE = 1 << 56
 _MAX_L1 = 32 << 20
 _MAX_REFCOUNT_TABLE = 8 << 20
 _MAX_SNAPSHOTS = 65536
+_MAX_CRYPT_HEADER = 16 << 20
+_AES, _LUKS = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,8 @@ class Header:
         refcount_order: Bits of a refcount are 2 to the power of this.
         compression_type: 0 for deflate, 1 for zstd.
         header_length: Where the extensions begin.
-        crypt_method: 0 for none.
+        crypt_method: 0 for none, 2 for LUKS.
+        crypt_header: Offset and length of the LUKS header.
         backing: Name of the backing file.
         backing_place: Offset and length of that name.
         backing_format: As the header says, if it does.
@@ -97,6 +101,7 @@ class Header:
     compression_type: int = 0
     header_length: int = 72
     crypt_method: int = 0
+    crypt_header: tuple[int, int] | None = None
     backing: str | None = None
     backing_place: tuple[int, int] = (0, 0)
     backing_format: str | None = None
@@ -125,6 +130,11 @@ class Header:
     def extended_l2(self) -> bool:
         """Whether L2 entries have 16 bytes."""
         return bool(self.incompatible & EXTENDED_L2)
+
+    @property
+    def raw_data_file(self) -> bool:
+        """Whether the external data file is to be the disk for those who do not read the image."""
+        return bool(self.incompatible & DATA_FILE and self.autoclear & RAW_DATA_FILE)
 
     @property
     def l2_bits(self) -> int:
@@ -208,6 +218,8 @@ def _read_extensions(header: Header, cluster: bytes, stop: int) -> None:
                 if content[start] == 0:
                     name = content[start + 2 : start + 48].split(b"\0", 1)[0].decode("utf-8", "replace")
                     header.feature_names[content[start + 1]] = "".join(c if c.isprintable() else "?" for c in name)
+        elif kind == _ENCRYPTION and length == 16:
+            header.crypt_header = struct.unpack(">QQ", content)
         elif kind == _LOG and length == _LOG_EXTENSION.size:
             log_version, _, log_at, log_size, session = _LOG_EXTENSION.unpack(content)
             if log_version != _LOG_VERSION:
@@ -222,9 +234,7 @@ def _check(header: Header) -> None:
     if unknown:
         names = [header.feature_names.get(bit, f"bit {bit}") for bit in range(64) if unknown >> bit & 1]
         raise Qcow2Error(f"the image needs what is not supported: {', '.join(names)}")
-    if header.crypt_method:
-        name = {1: "AES", 2: "LUKS"}.get(header.crypt_method, f"method {header.crypt_method}")
-        raise Qcow2Error(f"the image is encrypted ({name}), which is not supported: qemu-img convert decrypts it")
+    _check_encryption(header)
     if bool(header.incompatible & COMPRESSION) != (header.compression_type != 0):
         raise Qcow2Error("the compression type and its feature bit contradict each other")
     if header.compression_type > 1:
@@ -258,6 +268,23 @@ def _check(header: Header) -> None:
         raise Qcow2Error(f"{header.snapshots} snapshots are too many")
 
 
+def _check_encryption(header: Header) -> None:
+    if header.crypt_method == _AES:
+        raise Qcow2Error(
+            "the image has the old AES encryption, which nobody should use any more: decrypt it with `qemu-img convert "
+            "--object secret,id=key,file=PASSPHRASE --image-opts "
+            "driver=qcow2,file.filename=IMAGE,encrypt.key-secret=key -O qcow2 NEW`"
+        )
+    if header.crypt_method not in (0, _LUKS):
+        raise Qcow2Error(f"the image is encrypted with method {header.crypt_method}: only 2 (LUKS) is supported")
+    if (header.crypt_method == _LUKS) != (header.crypt_header is not None):
+        raise Qcow2Error("the encryption and its header extension contradict each other")
+    if header.crypt_header is not None:
+        offset, length = header.crypt_header
+        if not offset or offset % header.cluster_size or offset >> 56 or not 592 <= length <= _MAX_CRYPT_HEADER:
+            raise Qcow2Error(f"an encryption header of {length} bytes at {offset} cannot be")
+
+
 def feature_names() -> bytes:
     """The feature name table, with the log among the incompatible features."""
     rows = [*((0, bit, name) for bit, name in _NAMES.items()), (1, 0, "lazy refcounts"), (0, 62, LOG_NAME)]
@@ -276,6 +303,8 @@ def make(header: Header) -> bytes:
         Qcow2Error: The name of the backing file does not fit.
     """
     extensions = b""
+    if header.crypt_header is not None:
+        extensions += extension(_ENCRYPTION, struct.pack(">QQ", *header.crypt_header))
     if header.backing_format is not None:
         extensions += extension(_BACKING_FORMAT, header.backing_format.encode())
     if header.cluster_size >= 1024:
@@ -306,6 +335,11 @@ def _fields(header: Header) -> bytes:
     )
     bits = (header.incompatible, header.compatible, header.autoclear, header.refcount_order, header.header_length)
     return fixed + _V3.pack(*bits) + bytes([header.compression_type]) + bytes(7)
+
+
+def _kept(header: Header) -> int:
+    """The autoclear features that stay true whatever is written: we see to them."""
+    return RAW_DATA_FILE if header.raw_data_file else 0
 
 
 def with_log(header: Header, cluster: bytes, log: LogPlace) -> tuple[int, bytes, bytes]:
@@ -348,6 +382,8 @@ def with_log(header: Header, cluster: bytes, log: LogPlace) -> tuple[int, bytes,
         header.snapshots_offset,
         incompatible=header.incompatible | LOG,
         compatible=header.compatible,
+        autoclear=_kept(header),
+        crypt_method=header.crypt_method,
         refcount_order=header.refcount_order,
         compression_type=header.compression_type,
         header_length=at,
@@ -372,5 +408,5 @@ def without_log(before: bytes, now: bytes) -> bytes:
     sector[fields] = now[fields]
     if sector[7] == 3:
         # Bitmaps and the like do not describe what was written.
-        struct.pack_into(">Q", sector, 88, 0)
+        sector[88:96] = now[88:96]
     return bytes(sector)

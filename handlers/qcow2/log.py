@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 
 import zstandard
 
+from tcmu_rs import IoVec
+
 from ._errors import Qcow2Error
 from .header import SECTOR, LogPlace
+from .payload import Cipher
 from .storage import Storage
 
 STATES = 8192
@@ -48,8 +51,19 @@ class Record:
     pieces: list[tuple[int, bytes]] = field(default_factory=list)
 
 
-def encode(record: Record, seq: int, session: bytes, page_size: int) -> bytes:
-    """The bytes of a record: a multiple of a sector."""
+def encode(
+    record: Record, seq: int, session: bytes, page_size: int, *, at: int = 0, cipher: Cipher | None = None
+) -> bytes:
+    """The bytes of a record: a multiple of a sector.
+
+    Args:
+        record: What it says.
+        seq: Its number.
+        session: That of the log.
+        page_size: Of metadata.
+        at: Where it will be in the file.
+        cipher: For the pieces, whose sectors get the numbers of those that the record is in.
+    """
     mask_size = page_size // 64
     parts: list[bytes] = []
     for number, mask, words in record.pages:
@@ -65,7 +79,7 @@ def encode(record: Record, seq: int, session: bytes, page_size: int) -> bytes:
             b"".join(map(_U64.pack, record.settled)),
             b"".join(_EXTENT.pack(*extent) for extent in record.extents),
             b"".join(_PIECE.pack(offset, len(data)) for offset, data in record.pieces),
-            *(data for _, data in record.pieces),
+            _sealed([data for _, data in record.pieces], at, cipher),
         ]
     )
     length = -(-(_RECORD.size + len(body)) // SECTOR) * SECTOR
@@ -77,7 +91,15 @@ def encode(record: Record, seq: int, session: bytes, page_size: int) -> bytes:
     return bytes(head) + body
 
 
-def decode(storage: Storage, at: int, stop: int, seq: int, session: bytes, page_size: int) -> tuple[Record, int] | None:
+def _sealed(pieces: Sequence[bytes], at: int, cipher: Cipher | None) -> bytes:
+    data = b"".join(pieces)
+    # Whoever has the file must not find in the log what is encrypted everywhere else.
+    return data if cipher is None or not data else bytes(cipher.encrypt(at // SECTOR, IoVec([data])))
+
+
+def decode(
+    storage: Storage, at: int, stop: int, seq: int, session: bytes, page_size: int, cipher: Cipher | None = None
+) -> tuple[Record, int] | None:
     """Reads the record at a place in the file, and how long it is; None if there is none with this number."""
     if at + SECTOR > stop:
         return None
@@ -110,12 +132,19 @@ def decode(storage: Storage, at: int, stop: int, seq: int, session: bytes, page_
         place += 16 * n_extents
         heads = [_PIECE.unpack_from(body, place + 12 * index) for index in range(n_pieces)]
         place += 12 * n_pieces
+        total = sum(size for _, size in heads)
+        if place + total > len(body) or (cipher is not None and total % SECTOR):
+            return None
+        content = bytearray(body[place : place + total])
+        if cipher is not None and content:
+            cipher.decrypt(at // SECTOR, IoVec([content]))
+        start = 0
         for offset, size in heads:
-            record.pieces.append((offset, bytes(body[place : place + size])))
-            place += size
+            record.pieces.append((offset, bytes(content[start : start + size])))
+            start += size
     except (struct.error, zstandard.ZstdError, IndexError):
         return None
-    return (record, length) if place <= len(body) else None
+    return record, length
 
 
 def _decode_pages(data: bytes, count: int, page_size: int) -> Sequence[PageChange]:
@@ -145,6 +174,7 @@ class Log:
         half: Where records go now: 0 or 1.
         position: In that half, where the next one goes.
         seq: Its number.
+        cipher: Of the image, if it is encrypted.
     """
 
     def __init__(
@@ -157,8 +187,10 @@ class Log:
         half: int = 0,
         position: int = 0,
         seq: int = 1,
+        cipher: Cipher | None = None,
     ) -> None:
         self.place = place
+        self._cipher = cipher
         self._storage = storage
         self._page_size = page_size
         self._generation = generation
@@ -173,8 +205,9 @@ class Log:
         return self.half_size - self._position
 
     def encode(self, record: Record) -> bytes:
-        """The next record."""
-        return encode(record, self._seq, self.place.session, self._page_size)
+        """The next record, for where it will be."""
+        at = self._start(self._half) + self._position
+        return encode(record, self._seq, self.place.session, self._page_size, at=at, cipher=self._cipher)
 
     def append(self, data: bytes) -> None:
         """Writes the next record, which has room, and makes it durable with all that was written before. Blocks."""
@@ -233,7 +266,7 @@ class Chain:
     turned: int | None
 
 
-def read_chain(storage: Storage, place: LogPlace, page_size: int) -> Chain:
+def read_chain(storage: Storage, place: LogPlace, page_size: int, cipher: Cipher | None = None) -> Chain:
     """Follows the records, and verifies what the last one needs. Blocks; writes nothing.
 
     Raises:
@@ -257,7 +290,7 @@ def read_chain(storage: Storage, place: LogPlace, page_size: int) -> Chain:
     turned: int | None = None
     at = starts[half]
     while True:
-        found = decode(storage, at, starts[half] + half_size, seq, place.session, page_size)
+        found = decode(storage, at, starts[half] + half_size, seq, place.session, page_size, cipher)
         if found is not None:
             record, length = found
             records.append(record)
@@ -283,7 +316,9 @@ def read_chain(storage: Storage, place: LogPlace, page_size: int) -> Chain:
         # Nothing counts in the other half.
         turned = None
     half, at = end
-    log = Log(storage, place, page_size, generation=generation, half=half, position=at - starts[half], seq=seq)
+    log = Log(
+        storage, place, page_size, generation=generation, half=half, position=at - starts[half], seq=seq, cipher=cipher
+    )
     suspects = [at for half, at in ends if at + SECTOR <= starts[half] + half_size]
     return Chain(records, suspects, log, turned)
 

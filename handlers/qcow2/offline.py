@@ -19,6 +19,7 @@ from .branching import Branching
 from .chain import open_image
 from .header import CORRUPT, DATA_FILE, DIRTY, LAZY_REFCOUNTS
 from .image import Image, Kind
+from .payload import Locked
 from .refcounts import Refcounts
 from .snapshots import read_snapshots
 from .tables import COMPRESSED, OFFSET, Tables
@@ -57,7 +58,15 @@ def describe(image: Image) -> dict[str, Any]:
         "data file": header.data_file,
         "features": ", ".join(name for name, there in features.items() if there),
         "snapshots": {one.id: one.name for one in read_snapshots(image.pages, header)},
-    }
+    } | _encryption(image)
+
+
+def _encryption(image: Image) -> dict[str, Any]:
+    if not image.header.crypt_method:
+        return {}
+    from .encryption import describe_encryption
+
+    return {"encryption": describe_encryption(image.storage, image.header)}
 
 
 class _Check:
@@ -86,6 +95,8 @@ class _Check:
             if block:
                 self._use_range(block, 1, f"refcount block {index}")
         snapshots = read_snapshots(self._image.pages, header)
+        if header.crypt_header is not None:
+            self._use_range(*header.crypt_header, "the encryption header")
         if snapshots:
             self._use_range(header.snapshots_offset, sum(len(one.pack()) for one in snapshots), "the snapshot table")
         maps = [("", self._image.tables)]
@@ -255,6 +266,9 @@ async def resize(path: str | os.PathLike[str], size: int, *, shrink: bool = Fals
     try:
         if size < old and not shrink:
             raise Qcow2Error(f"{path} has {old} bytes: to make it smaller, and lose what is behind, say so (--shrink)")
+        if isinstance(image.payload.cipher, Locked) and (size | old) % image.header.cluster_size:
+            # A part of a cluster is zeroed.
+            raise image.payload.cipher.error()
         writer = Writer(image, compress=False, idle=None)
         try:
             if size < old:
@@ -282,6 +296,8 @@ async def compact(path: str | os.PathLike[str], progress: Progress | None = None
     image = await _open(path, where)
     try:
         header = image.header
+        if header.crypt_method:
+            raise Qcow2Error(f"{path} is encrypted: copy it to a new image to make it smaller (tcmu-rs copy)")
         if header.snapshots or header.incompatible & DATA_FILE or header.extended_l2:
             raise Qcow2Error(f"{path} has snapshots, a data file or extended L2 entries: this is not supported")
         make = functools.partial(

@@ -76,7 +76,7 @@ def announce(image: Image, place: LogPlace, opened: bytes) -> Session:
     storage.fdatasync()
     image.pages.forget(0, image.pages.size)
     image.log_range = (place.offset, place.offset + place.size)
-    return Session(Log(storage, place, image.pages.size), sector)
+    return Session(Log(storage, place, image.pages.size, cipher=image.payload.cipher), sector)
 
 
 def resume(image: Image, chain: Chain) -> tuple[Session, int]:

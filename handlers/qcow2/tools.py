@@ -6,11 +6,15 @@ import errno
 import os
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ._errors import Qcow2Error
 from .chain import read_header
 from .header import COMPRESSION, Header, make
 from .storage import Storage
+
+if TYPE_CHECKING:
+    from tcmu_rs.handlers.luks.volume import NewContainer
 
 COMPRESSIONS = {"zlib": 0, "zstd": 1}
 _MAX_L1 = 4 << 20
@@ -25,6 +29,7 @@ def create(
     refcount_bits: int = 16,
     backing: str | None = None,
     backing_format: str | None = None,
+    encryption: NewContainer | None = None,
 ) -> None:
     """Makes an empty image of version 3, which must not exist yet. Blocks.
 
@@ -36,6 +41,7 @@ def create(
         refcount_bits: 1 to 64, a power of two.
         backing: Name of the backing file, as it is to be in the header: relative to the directory of `path`.
         backing_format: qcow2 or raw; found out if not given, and then the file must be trustworthy.
+        encryption: The LUKS header of an encrypted image.
 
     Raises:
         ValueError: A parameter cannot be.
@@ -64,7 +70,7 @@ def create(
     header.l1_entries = header.l1_needed(size)
     if header.l1_entries > _MAX_L1:
         raise ValueError(f"{size} bytes are too many for clusters of {cluster_size}: choose larger ones")
-    pieces, length = _lay_out(header)
+    pieces, length = _lay_out(header, encryption)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, length)
@@ -102,14 +108,16 @@ def _measure(path: Path, kind: str | None) -> tuple[int, str]:
         storage.close()
 
 
-def _lay_out(header: Header) -> tuple[list[tuple[int, bytes]], int]:
-    """Places header, refcounts and L1, and returns what has to be written behind the header, and the file's size."""
+def _lay_out(header: Header, encryption: NewContainer | None) -> tuple[list[tuple[int, bytes]], int]:
+    """Places everything; returns what has to be written behind the header, and the size of the file."""
     cluster = header.cluster_size
     block_entries = (cluster * 8) >> header.refcount_order
     l1_clusters = -(-header.l1_entries * 8 // cluster)
+    crypt_size = 0 if encryption is None else encryption.header_size
+    crypt_clusters = -(-crypt_size // cluster)
     blocks = table_clusters = 1
     while True:
-        used = 1 + table_clusters + blocks + l1_clusters
+        used = 1 + table_clusters + blocks + l1_clusters + crypt_clusters
         wanted = -(-used // block_entries)
         wanted_table = -(-wanted * 8 // cluster)
         if (wanted, wanted_table) == (blocks, table_clusters):
@@ -120,7 +128,12 @@ def _lay_out(header: Header) -> tuple[list[tuple[int, bytes]], int]:
     header.l1_offset = first_block + blocks * cluster
     table = b"".join(struct.pack(">Q", first_block + index * cluster) for index in range(blocks))
     counts = _ones(used, header.refcount_order)
-    return [(header.refcount_offset, table), (first_block, counts)], used * cluster
+    pieces = [(header.refcount_offset, table), (first_block, counts)]
+    if encryption is not None:
+        start = header.l1_offset + l1_clusters * cluster
+        header.crypt_method, header.crypt_header = 2, (start, crypt_size)
+        pieces += [(start + offset, piece) for offset, piece in encryption.pieces]
+    return pieces, used * cluster
 
 
 def _ones(count: int, order: int) -> bytes:

@@ -98,10 +98,16 @@ class Writer:
         if chain is None:
             # Better known now than at the first write.
             check_room(image)
+        if compress and image.payload.cipher is not None:
+            raise Qcow2Error(
+                f"{image.storage.path} is encrypted, and compressed clusters would not be: use qcow2:PATH, or keep a "
+                "compressed image on an encrypted file system"
+            )
         # A cluster has to be able to be shared by many.
         self._compress = compress and header.refcount_order >= 3
         self._image = image
         self._storage = image.storage
+        self._payload = image.payload
         self._header = header
         self._pages = image.pages
         self._bits = header.cluster_bits
@@ -311,7 +317,7 @@ class Writer:
         if entry is None:
             host = self._place_of(cluster, within, length)
             if host:
-                self._storage.pwrite(host + within, part)
+                self._payload.write(host + within, part)
                 self._unsynced = True
                 self.counters["in_place"] += 1
                 return

@@ -43,8 +43,10 @@ _SELECTED = "selected"
 _REPORTS = "reports"
 _POLL_SECONDS = 0.05
 
-# A minute more than the common `faulthandler_timeout`, whose stacks shall be in the report.
 _TIME_LIMIT = "360"
+
+# A minute less, so that the stacks are in the report; it is for the host to end what hangs.
+_STACKS = ("faulthandler_timeout=300", "faulthandler_exit_on_timeout=false")
 
 # To boot, and to collect the tests: Python starts slowly under emulation.
 _FIRST_NEWS_SECONDS = 300.0
@@ -359,7 +361,7 @@ def _inner_pytest(config: pytest.Config, items: Sequence[pytest.Item]) -> str:
     command += ["--color=no", *["-v"] * config.option.verbose]
     for plugin in config.option.plugins:
         command += ["-p", plugin]
-    for setting in config.option.override_ini or ():
+    for setting in [*_STACKS, *(config.option.override_ini or ())]:
         command += ["-o", setting]
     if config.option.capture == "no":
         command.append("--capture=no")

@@ -5,7 +5,9 @@ use pyo3::prelude::*;
 
 use crate::device::DeviceError;
 
+mod command;
 mod fileio;
+mod frames;
 mod iovec;
 mod netlink;
 mod ring;
@@ -32,13 +34,17 @@ impl From<DeviceError> for PyErr {
 #[pymodule]
 mod _native {
     #[pymodule_export]
+    use super::command::{Command, Methods};
+    #[pymodule_export]
     use super::fileio::{FileQueue, Transfer, fallocate, fdatasync};
+    #[pymodule_export]
+    use super::frames::ZstdFrames;
     #[pymodule_export]
     use super::iovec::IoVec;
     #[pymodule_export]
     use super::netlink::{DeviceEvent, NetlinkSocket, ReceivedEvents};
     #[pymodule_export]
-    use super::ring::{Command, Ring, TaskManagement};
+    use super::ring::{Ring, TaskManagement};
     #[pymodule_export]
     use super::simulator::Simulator;
     #[pymodule_export]
