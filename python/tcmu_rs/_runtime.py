@@ -282,7 +282,7 @@ class Device:
             with trio.fail_after(within):
                 await self._quiesce()
                 if has(self.handler, "flush"):
-                    await self._call("flush")
+                    await self._invoke("flush")
             try:
                 await self._slot.exchange(handler, self._face, within)
             except NobodyServesError as error:
@@ -333,7 +333,7 @@ class Device:
         if size < self.size:
             await self._announce_size(size)
         try:
-            await self._call("set_size", size)
+            await self._invoke("set_size", size)
             if handler.size != size:
                 raise RuntimeError(f"{type(handler).__name__}.set_size({size}) has left size at {handler.size}")
         finally:
@@ -385,7 +385,7 @@ class Device:
         self._commit()
         return not self._pending and self._ring.in_flight == len(self._parked or ())
 
-    async def _call(self, name: str, *args: Any) -> None:
+    async def _invoke(self, name: str, *args: Any) -> None:
         method: Callable[..., Any] = getattr(self.handler, name)
         if colour_of(method) is Colour.BLOCKING:
             await trio.to_thread.run_sync(method, *args, limiter=self._limiter)
