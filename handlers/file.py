@@ -33,7 +33,7 @@ class FileHandler(BlockHandler):
     """Blocks are where they are in the file; what was never written, or was discarded, is a hole.
 
     The file is locked (`flock`) while it is open: exclusively, or shared when read-only. What the page cache can do is
-    done in the event loop, everything else by io_uring; without it, in threads.
+    done in the event loop, everything else by io_uring or in a few threads.
 
     Args:
         path: A regular file or a block device.

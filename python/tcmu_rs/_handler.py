@@ -198,7 +198,7 @@ class BlockHandler(Handler):
     Offsets and lengths are multiples of `block_size`, inside the disk and never empty; the caller has checked.
 
     A handler that ends in a file moves data with `await iov.read_from(fd, offset)` and `await iov.write_to(fd, offset,
-    fua=fua)`: without suspending if the page cache can, and with no thread where io_uring is allowed.
+    fua=fua)`: without suspending if the page cache can, and without a thread for each.
     `tcmu_rs.fdatasync(fd)` and `fallocate(fd, mode, offset, length)` do the same for `flush` and `discard`.
 
     Each method is one of three colours: `async def` runs in the event loop and may wait; `def` runs in the event

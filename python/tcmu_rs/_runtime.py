@@ -171,6 +171,7 @@ class Device:
         self._running = 0
         self._pumping = False
         self._dirty = False
+        self._committing = False
         self._stopping = False
         self._broken = False
         self._drained = trio.Event()
@@ -575,11 +576,14 @@ class Device:
                         break
                     del begun
                 continue
-            if self._dirty:
+            if self._dirty and not self._committing:
                 # Others may finish in this pass of the loop too: one doorbell for all of them. When none can, at once.
                 if self._running and not waited:
-                    waited = True
-                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    waited = self._committing = True
+                    try:
+                        await trio.lowlevel.cancel_shielded_checkpoint()
+                    finally:
+                        self._committing = False
                     continue
                 self._commit()
                 waited = False
