@@ -322,6 +322,8 @@ class LuksHandler(BlockHandler):
         self.can_flush = lower.has_cache
         self.can_discard = self._allow_discards and lower.can_discard
         self.discard_granularity = max(unit, lower.handler.discard_granularity)
+        self.can_set_size = lower.can_set_size and not self.read_only
+        self._fixed_size = volume.size is not None
         self._unit = unit
         self._offset = volume.offset
         self._first = volume.iv_tweak
@@ -405,6 +407,19 @@ class LuksHandler(BlockHandler):
                 encrypted = IoVec([staging[: until - at]])
                 self._cipher.encrypt(self._first + at // UNIT, encrypted, encrypted)
                 await self._lower.write(self._offset + at, encrypted, fua=fua)
+
+    async def set_size(self, size: int) -> None:
+        """Has what is below make room, less what is in front of the data."""
+        if self._fixed_size:
+            raise ValueError("the header says how large the container is: it is made anew to be larger")
+        if size % self._unit:
+            raise ValueError(f"{size} bytes are not whole blocks of {self._unit} bytes")
+        if self._first + size // UNIT >> 64:
+            raise ValueError(f"{size} bytes are too many for the iv_tweak of this container")
+        await self._lower.set_size(self._offset + size)
+        self.size = size
+        if self._wanted_size is not None:
+            self._wanted_size = size
 
     async def flush(self) -> None:
         """Passes down."""
