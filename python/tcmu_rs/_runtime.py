@@ -165,6 +165,7 @@ class Device:
         self._pumping = False
         self._dirty = False
         self._committing = False
+        self._calling = 2
         self._stopping = False
         self._broken = False
         self._drained = trio.Event()
@@ -634,8 +635,10 @@ class Device:
     def _call_workers(self) -> None:
         """A command has suspended: sees to it that somebody goes on with what waits, and with the ring."""
         room = min(len(self._pending), self._max_in_flight - self._running)
-        # Two at a time, so that a batch of suspending commands is under way after a few passes of the loop.
-        wanted = min(2, room) or int(self._dirty or not self._pumping)
+        # Two, four, and so on: a batch of suspending commands is under way after a few passes of the loop, and the next
+        # one after two.
+        wanted = min(self._calling, room) or int(self._dirty or not self._pumping)
+        self._calling = min(2 * self._calling, self._max_in_flight)
         for _ in range(wanted):
             if self._idle:
                 trio.lowlevel.reschedule(self._idle.pop())
@@ -670,6 +673,8 @@ class Device:
             if isinstance(begun, tuple):
                 return cmd, begun
             self._keep(cmd, begun)
+        # None of them has suspended: one worker at a time is enough again.
+        self._calling = 2
         if self._running == 0 and (self._stopping or self._quiet is not None):
             self._is_idle()
         return None
@@ -681,7 +686,8 @@ class Device:
             try:
                 return coroutine, coroutine.send(None)
             except StopIteration as stop:
-                self._check_result(self._method(verb), stop.value)
+                if stop.value is not None:
+                    self._check_result(self._method(verb), stop.value)
         return None
 
     async def _suspended_in(
@@ -698,7 +704,8 @@ class Device:
         finally:
             if cmd_id is not None:
                 self._not_suspended(cmd_id, cmd)
-        self._check_result(self._method(verb), result)
+        if result is not None:
+            self._check_result(self._method(verb), result)
 
     async def _run(self, cmd: _native.Command, begun: _Begun, scope: trio.CancelScope) -> None:
         """Runs one command to its answer, whatever happens."""
