@@ -201,7 +201,9 @@ class Qcow2Machine(BlockMachine):
         for name, content in self.snapshots.items():
             copy = self.directory / "snapshot"
             run("qemu-img", "convert", "-f", "qcow2", "-l", name, "-O", "raw", self.path, copy)
-            assert copy.read_bytes() == content, f"snapshot {name} has changed"
+            # QEMU takes the size of the disk as it is now for that of the snapshot.
+            found = copy.read_bytes()[: len(content)]
+            assert found == content[: len(found)], f"snapshot {name} has changed"
 
     @rule()
     def close_and_open(self) -> None:

@@ -98,6 +98,7 @@ class Image:
     Attributes:
         cache: Clusters that are newer in memory than in the file.
         block_size: Bytes of a logical block, for the LBA in errors.
+        reads: Commands that have read, so that those who should not be in the way know.
         chain: What was found in the log, if there is one.
         log_range: Where the log is, from and to.
     """
@@ -121,6 +122,7 @@ class Image:
         self.backing = backing
         self.payload = payload or Payload(storage)
         self.block_size = 512
+        self.reads = 0
         self.chain: Chain | None = None
         self.log_range = (0, 0)
         self.cache: dict[int, Cached] = {}

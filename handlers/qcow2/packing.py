@@ -59,6 +59,11 @@ class Packer:
         # A frame takes at least so much of a host cluster, so that its refcount suffices.
         self._least = max(1, self._cluster_size // min(1 << 62, (1 << (1 << header.refcount_order)) // 2))
 
+    @property
+    def can_compact(self) -> bool:
+        """Whether all sectors of a cluster may be used by frames of their own, so that any that are free are holes."""
+        return self._compress and self._least <= SECTOR
+
     def prepare(self, jobs: Sequence[Job]) -> None:
         """In a thread: what is stored of each cluster."""
         zeroes = bytes(self._cluster_size)

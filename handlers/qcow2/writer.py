@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import trio
 
-from tcmu_rs import IoVec
+from tcmu_rs import IoVec, MediumError
 
 from ._errors import Qcow2Error
 from .branching import Branching
 from .cache import UNIT, Entry, runs
 from .changes import Changes
+from .compaction import RATE, Compactor
 from .header import DATA_FILE, DIRTY, SECTOR, LogPlace
 from .image import Image, Kind
 from .log import STATES, Chain, Log, Record
@@ -72,6 +73,7 @@ class Writer:
         cache_size: Bytes of dirty clusters to keep.
         log_size: Bytes of the log; by default it goes with the size of the disk.
         idle: Seconds without a write after which everything is written back; None for never.
+        compaction: Bytes of clusters that are moved in a second while the disk is idle.
 
     Raises:
         Qcow2Error: The image cannot be written.
@@ -86,6 +88,7 @@ class Writer:
         cache_size: int = CACHE,
         log_size: int | None = None,
         idle: float | None = IDLE,
+        compaction: int = RATE,
     ) -> None:
         header = image.header
         if header.incompatible & DATA_FILE:
@@ -122,11 +125,13 @@ class Writer:
         # Bytes that the changes on their way may dirty.
         self._promised = 0
         self._idle = idle
+        self._compaction = compaction
         self._chain = chain
         self._log: Log | None = None
         self._space: Space
         self._changes: Changes
         self._packer: Packer
+        self._compactor: Compactor | None = None
         self._session: Session | None = None
         # Bytes of pieces that no record has, and of those that one has.
         self._unlogged = self._logged = 0
@@ -146,14 +151,14 @@ class Writer:
         self._background = 0
         self._ended = trio.Event()
         self.counters = {
-            "hits": 0,
-            "misses": 0,
+            "cache_hits": 0,
+            "cache_misses": 0,
             "destaged": 0,
             "in_place": 0,
             "commits": 0,
             "checkpoints": 0,
-            "compressed": 0,
-            "stored": 0,
+            "compressed_bytes": 0,
+            "stored_bytes": 0,
         }
 
     @property
@@ -166,12 +171,24 @@ class Writer:
         """Bytes of clusters that are newer in memory."""
         return len(self._cache) << self._bits
 
-    def statistics(self) -> dict[str, int]:
+    def statistics(self) -> dict[str, float]:
         """What the handler tells."""
         if self._log is None:
             return {}
-        free = (self._space.holes.sectors + self._space.clusters.sectors) * SECTOR
-        return {"dirty": self.dirty, "free": free, **self.counters}
+        found: dict[str, float] = {
+            "file_bytes": self._storage.allocated - self._space.ahead,
+            "reserved_bytes": self._space.ahead,
+            "free_bytes": (self._space.holes.sectors + self._space.clusters.sectors) * SECTOR,
+            "dirty_bytes": self.dirty,
+            "log_bytes": self._log.half_size,
+            "log_used_bytes": self._log.half_size - self._log.room,
+            **self.counters,
+        }
+        if self.counters["stored_bytes"]:
+            found["ratio"] = self.counters["compressed_bytes"] / self.counters["stored_bytes"]
+        if self._compactor is not None:
+            found |= {"compactions": self._compactor.passes, "moved": self._compactor.moved}
+        return found
 
     # Commands.
 
@@ -322,9 +339,9 @@ class Writer:
                 self.counters["in_place"] += 1
                 return
             entry = self._add_entry(cluster, whole=length == self._cluster_size)
-            self.counters["misses"] += 1
+            self.counters["cache_misses"] += 1
         else:
-            self.counters["hits"] += 1
+            self.counters["cache_hits"] += 1
         part.copy_into(memoryview(entry.data)[within : within + length])
         if not entry.unlogged:
             self._unlogged_entries[cluster] = entry
@@ -446,9 +463,37 @@ class Writer:
                     await self._try(self.checkpoint)
                     await self._try(self.punch)
                     clean = now
+                elif now == clean and not self._failed:
+                    await self._try(self._compact)
                 last = now
         finally:
             self._leave()
+
+    async def _compact(self) -> None:
+        """Empties what is mostly free, and gives it back."""
+        if self._compactor is not None and await self._compactor.run():
+            await self.checkpoint()
+            await self.punch()
+
+    async def _rewrite(self, clusters: Sequence[int]) -> int:
+        """Stores clusters at another place, as if they had been written; returns how many it were."""
+        batch = []
+        for cluster in clusters:
+            try:
+                if cluster not in self._cache:
+                    await self._retry(lambda c=cluster: self._take_in(c))  # type: ignore[misc]
+            except MediumError:
+                # It stays as it is: whoever reads it has to be told.
+                continue
+            entry = self._cache.get(cluster)
+            if entry is not None and self._is_idle(cluster, entry):
+                batch.append((cluster, entry))
+        await self._destage(batch)
+        return len(batch)
+
+    def _take_in(self, cluster: int) -> None:
+        if cluster not in self._cache:
+            self._add_entry(cluster, whole=False)
 
     async def punch(self) -> None:
         """Gives free space back to the file system; nobody gets it meanwhile."""
@@ -627,8 +672,8 @@ class Writer:
                     changes.map_plain(job.cluster, job.place)
                 else:
                     changes.map_frame(job.cluster, job.place, len(job.stored), job.crc)
-                    self.counters["compressed"] += self._cluster_size
-                    self.counters["stored"] += len(job.stored)
+                    self.counters["compressed_bytes"] += self._cluster_size
+                    self.counters["stored_bytes"] += len(job.stored)
             except Exception as error:
                 # The map is changed by halves: what is in memory must never be in a record.
                 self._fail(OSError(errno.EUCLEAN, _text(error)))
@@ -882,6 +927,16 @@ class Writer:
             await scanner.scan(self._closing)
         else:
             tasks.append(lambda: self._scan(scanner))
+        if self._packer.can_compact:
+            self._compactor = Compactor(
+                self._image,
+                self._space,
+                rewrite=self._rewrite,
+                flush=self.flush,
+                activity=lambda: self._writes + self._image.reads,
+                closing=self._closing,
+                rate=self._compaction,
+            )
         self._background = len(tasks)
         for task in tasks:
             trio.lowlevel.spawn_system_task(task)

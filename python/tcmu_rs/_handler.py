@@ -154,6 +154,14 @@ class Handler:
     async def aclose(self) -> None:
         """Gives the storage back; called once, also after errors. **If omitted**: nothing to give back."""
 
+    def statistics(self) -> Mapping[str, float]:
+        """Numbers about the storage for people to watch (`tcmu-rs stats`), by names in snake_case.
+
+        Counters run since `open`. Names that end in `_bytes` are shown as sizes. Called in the event loop now and then,
+        while the handler is open, and must not block. **If omitted**: there is nothing to tell.
+        """
+        return {}
+
     async def __aenter__(self) -> Self:
         await self.open()
         return self

@@ -20,7 +20,7 @@ import os
 import traceback
 import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -178,7 +178,18 @@ class Device:
             running=self._running,
             pending=len(self._waiting()),
             late=self._overseer.late(),
+            storage=self._storage_statistics(),
         )
+
+    def _storage_statistics(self) -> Mapping[str, float]:
+        if self._parked is not None:
+            # It may just be closed.
+            return {}
+        try:
+            return _statistics.numbers(self.handler.statistics())
+        except Exception:
+            logger.exception("%s: %s.statistics() failed", self.name, type(self.handler).__name__)
+            return {}
 
     def stop(self) -> None:
         """Asks the device to stop: no new commands, then as when its task is cancelled."""
