@@ -168,7 +168,7 @@ class Qcow2Machine(BlockMachine):
         try:
             super().teardown()
             if hasattr(self, "_loop") and not self._failed:
-                self.judge()
+                self.judge(whole=True)
         finally:
             shutil.rmtree(self.directory)
 
@@ -188,12 +188,17 @@ class Qcow2Machine(BlockMachine):
         self._start()
         self._expect(0, self._handler.size)
 
-    def judge(self) -> None:
-        """QEMU finds nothing wrong with the closed image, and reads from it what it should, snapshots too."""
+    def judge(self, *, whole: bool = False) -> None:
+        """QEMU finds nothing wrong with the closed image, and reads from it what it should.
+
+        With `whole` also what snapshots hold and what is said to be zero: most of the time goes into starting QEMU.
+        """
         check(self.path)
         raw = self.directory / "model"
         raw.write_bytes(self._model)
         run("qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", raw, self.path)
+        if not whole:
+            return
         for extent in json.loads(run("qemu-img", "map", "--output=json", "-f", "qcow2", self.path)):
             if extent["zero"]:
                 stop = min(extent["start"] + extent["length"], len(self._model))
