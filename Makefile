@@ -8,7 +8,7 @@ CARGO_TARGET_DIR ?= $(CURDIR)/target
 export CARGO_TARGET_DIR
 RUST_SOURCES := $(shell find rust/src -name '*.rs') Cargo.toml Cargo.lock rust/Cargo.toml pyproject.toml
 
-.PHONY: help demo test check format lint types rust-test rust-memory fuzz python-test judges wheel bench clean
+.PHONY: help demo test check format lint types rust-test rust-memory fuzz python-fuzz python-test judges wheel bench clean
 
 help:
 	@echo 'make demo    a file-backed disk on a real kernel: format, mount, copy, check (minutes)'
@@ -44,7 +44,7 @@ demo: $(VENV)/bootstrap
 	@test -e $(VENV)/develop || $(MAKE) --no-print-directory $(VENV)/installed
 	$(BIN)/python -m tests.demo
 
-test: format lint types rust-test rust-memory python-test
+test: format lint types rust-test rust-memory python-fuzz python-test
 	@echo 'all checks passed'
 
 check: format lint types rust-test
@@ -72,8 +72,13 @@ rust-memory:
 	rust/check-memory
 	rust/fuzz/run $(SECONDS)
 
-fuzz:
+# The same for what Python parses.
+python-fuzz: $(VENV)/develop
+	$(BIN)/python -m tests.fuzz 2
+
+fuzz: $(VENV)/develop
 	rust/fuzz/run $(SECONDS)
+	$(BIN)/python -m tests.fuzz $(SECONDS)
 
 python-test: $(VENV)/develop
 	@$(BIN)/python -m tests.lab install || echo 'the lab cannot be installed here: its tests are skipped'

@@ -1,14 +1,6 @@
 """LUKS side by side: ours on the simulator, `qemu-nbd` and nbdkit's luks filter over NBD, in turn, in one run.
 
-    python -m bench.luks [--seconds 1] [--rounds 3] [--quick] [--cipher] [--directory /var/tmp]
-
-**The transports differ.** Ours is driven through the simulated ring by a generator in the same Python process, on one
-core; the peers by fio through a Unix socket, on as many cores as there are. So the column to compare first is the
-processor time per command: for the peers that of the server alone, for ours that of everything, generator and
-simulator too. The rows without encryption tell what each transport costs by itself.
-
-Rows of 512-byte sectors named LUKS1 are the same file for all. Sectors of 4096 bytes are what only LUKS2 has, and the
-peers only know LUKS1.
+    python -m bench.luks [--seconds 1] [--rounds 3] [--quick] [--write] [--directory /var/tmp] [--cipher]
 
 Needs fio with its nbd engine, qemu-utils and nbdkit; without them only ours is measured.
 """
@@ -17,29 +9,31 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import os
-import random
 import shutil
 import statistics
-import struct
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import trio
 
-from tcmu_rs import AesXts, BlockHandler, IoVec
+from tcmu_rs import AesXts, BlockHandler, IoVec, _native
+from tcmu_rs._runtime import Device
 from tcmu_rs.handlers.file import FileHandler
 from tcmu_rs.handlers.luks import LuksHandler, format_luks
 from tcmu_rs.handlers.luks.cipher import FreshXts, KeptXts, SectorCipher
 from tcmu_rs.handlers.luks.kdf import Pbkdf2
 from tcmu_rs.testing import simulated
 
-from .conditions import conditions
+from .micro import serve
+from .report import publish, stated, table
+from .simulator import drive
 
 SIZE = 256 << 20
 KEY = b"bench"
@@ -49,6 +43,13 @@ Figure = tuple[float, float]
 """Commands per second; microseconds of processor time per command."""
 Measure = Callable[[str, int, int, float], Figure]
 
+TRANSPORTS = """**The transports differ.** Ours is driven through the simulated ring, by a generator in the same Python
+process and event loop; the peers by fio through a Unix socket. In brackets is the processor time per command: for the
+peers that of the server alone, for ours that of everything, generator and simulator too. The rows without encryption
+tell what each transport costs by itself.
+
+Rows named LUKS1 are the same file for all, with sectors of 512 bytes. Sectors of 4096 bytes are what only LUKS2 has,
+and the peers only know LUKS1: part of the difference is the size of the sectors."""
 OURS, SAME = "ours, LUKS2, 4096-byte sectors", "ours, LUKS1"
 QEMU, NBDKIT = "qemu-nbd, LUKS1", "nbdkit luks, LUKS1"
 TARGETS = (
@@ -77,27 +78,26 @@ class Null(BlockHandler):
 
 async def ours(handler: BlockHandler, pattern: str, length: int, depth: int, seconds: float) -> Figure:
     """Runs a pattern on the simulator."""
-    async with simulated(handler, checks=False) as disk:
-        blocks, count = disk.size // length, length // disk.block_size
-        data = os.urandom(length) if pattern == "randwrite" else b""
-        opcode, room = (0x8A, 0) if data else (0x88, length)
-        choose = random.Random(5).randrange
-        done = 0
-
-        async def load() -> None:
-            nonlocal done
-            while time.perf_counter() < end:
-                cdb = struct.pack(">BBQLBB", opcode, 0, choose(blocks) * count, count, 0, 0)
-                reply = await disk.scsi(cdb, data, data_in=room)
-                assert reply.status == 0
-                done += 1
-
+    kernel = _native.Simulator(checks=False)
+    async with handler, trio.open_nursery() as nursery:
+        device: Device = await nursery.start(serve, handler, kernel)
+        load = functools.partial(
+            drive,
+            kernel,
+            depth,
+            write=pattern == "randwrite",
+            length=length,
+            size=device.size,
+            block_size=device.block_size,
+        )
+        await load(seconds / 10)
+        gc.collect()
         start, cpu = time.perf_counter(), time.process_time()
-        end = start + seconds
-        async with trio.open_nursery() as nursery:
-            for _ in range(depth):
-                nursery.start_soon(load)
-        return done / (time.perf_counter() - start), (time.process_time() - cpu) / done * 1e6
+        done = await load(seconds)
+        figure = done / (time.perf_counter() - start), (time.process_time() - cpu) / done * 1e6
+        device.stop()
+    assert not kernel.violations, kernel.violations
+    return figure
 
 
 def on_simulator(make: Callable[[], BlockHandler]) -> Measure:
@@ -194,13 +194,14 @@ def fill(handler: BlockHandler) -> None:
     trio.run(write)
 
 
-def ciphers() -> None:
-    """Prints what the encryption alone costs, each way: `--cipher`."""
+def ciphers() -> str:
+    """What the encryption alone costs, each way: `--cipher`."""
     sizes = [(sector_size, length) for sector_size in (512, 4096) for length in (4096, 65536, 262144)]
-    heading = " | ".join(f"{length >> 10}K, sectors of {sector_size}" for sector_size, length in sizes)
-    print(f"| AES-256-XTS, decryption in place | {heading} |\n|{' --- |' * (len(sizes) + 1)}")
+    heading = ["AES-256-XTS, decryption in place"]
+    heading += [f"{length >> 10}K, sectors of {sector_size}" for sector_size, length in sizes]
+    rows = []
     for name, kind in (("Rust", AesXts), ("OpenSSL, kept contexts", KeptXts), ("OpenSSL, new contexts", FreshXts)):
-        cells = []
+        row = [name]
         for sector_size, length in sizes:
             sectors: SectorCipher = kind(bytearray(range(64)), sector_size)
             iov = IoVec([bytearray(length)])
@@ -211,36 +212,57 @@ def ciphers() -> None:
                 for _ in range(calls):
                     sectors.decrypt(0, iov)
                 times.append((time.perf_counter() - start) / calls)
-            cells.append(f"{min(times) * 1e6:.1f} µs ({length / min(times) / 1e9:.1f} GB/s)")
-        print(f"| {name} | {' | '.join(cells)} |")
+            row.append(f"{min(times) * 1e6:.1f} µs ({length / min(times) / 1e9:.1f} GB/s)")
+        rows.append(row)
+    return table(heading, rows)
 
 
-def report(figures: dict[str, list[list[Figure]]]) -> None:
-    """Prints the table, and how far the targets are met."""
-    heading = " | ".join(f"{pattern} {length >> 10}K, depth {depth}" for pattern, length, depth in PATTERNS)
-    print(f"| server | {heading} |\n|{' --- |' * (len(PATTERNS) + 1)}")
+def report(figures: dict[str, list[list[Figure]]]) -> str:
+    """A table, and how far the targets are met."""
+    heading = [f"{pattern} {length >> 10}K, depth {depth}" for pattern, length, depth in PATTERNS]
+    rows = []
     summary: dict[str, list[Figure]] = {}
     for name, rounds in figures.items():
         summary[name] = [
             (statistics.median(figure[0] for figure in each), min(figure[1] for figure in each))
             for each in zip(*rounds, strict=True)
         ]
-        cells = []
+        cells = [name]
         for (rate, cpu), (_, length, _) in zip(summary[name], PATTERNS, strict=True):
             shown = f"{rate / 1000:.1f} k/s" if length == 4096 else f"{rate * length / 1e6:.0f} MB/s"
             cells.append(f"{shown} ({cpu:.1f} µs)")
-        print(f"| {name} | {' | '.join(cells)} |")
+        rows.append(cells)
+    text = table(["server", *heading], rows)
     if QEMU not in summary:
-        return
-    print(f"\n| rate: times as fast, and the target; processor time: parts of | {heading} |")
-    print(f"|{' --- |' * (len(PATTERNS) + 1)}")
+        return text
+    rows = []
     for one, other, targets in TARGETS:
-        cells = []
+        cells = [f"{one} / {other}"]
         for (rate, cpu), (their_rate, their_cpu), target in zip(summary[one], summary[other], targets, strict=True):
             ratio = rate / their_rate
             shown = f"{ratio:.1f} (≥ {target:g})" if ratio >= target else f"**{ratio:.1f}** (missed: ≥ {target:g})"
             cells.append(f"{shown}; {cpu / their_cpu:.2f}")
-        print(f"| {one} / {other} | {' | '.join(cells)} |")
+        rows.append(cells)
+    return f"{text}\n\n{table(['times as fast, and the target; parts of the processor time', *heading], rows)}"
+
+
+def run(directory: str, seconds: float, rounds: int) -> str:
+    """Measures all servers, with their images in a directory."""
+    with tempfile.TemporaryDirectory(dir=directory) as made:
+        found = servers(Path(made))
+        figures: dict[str, list[list[Figure]]] = {name: [] for name in found}
+        # In turn, so that what else the machine does meets all of them.
+        for _ in range(rounds):
+            for name, measure in found.items():
+                figures[name].append([measure(*pattern, seconds) for pattern in PATTERNS])
+        return report(figures)
+
+
+def file_system(directory: str) -> str:
+    """The kind of file system that a directory is on."""
+    return subprocess.run(
+        ["findmnt", "-no", "FSTYPE", "-T", directory], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def main() -> None:
@@ -250,27 +272,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round of 0.3 seconds each")
     parser.add_argument("--cipher", action="store_true", help="the encryption alone, each way that there is")
-    parser.add_argument("--directory", default="/var/tmp")
+    parser.add_argument("--directory", action="append", help="where the images are (/var/tmp); may be given again")
+    parser.add_argument("--write", action="store_true", help="put the figures into bench/RESULTS.md")
     arguments = parser.parse_args()
-    seconds, rounds = (0.3, 1) if arguments.quick else (arguments.seconds, arguments.rounds)
-    for name, value in conditions().items():
-        print(f"- {name}: {value}")
     if arguments.cipher:
-        print("- the lowest of 100\n")
-        ciphers()
+        publish("bench.luks --cipher", f"{stated()}\n- the lowest of 100\n\n{ciphers()}", write=arguments.write)
         return
-    print(
-        f"- {rounds} rounds of {seconds:g} s: median of the rates, lowest processor time; image of {SIZE >> 20} MiB\n"
-    )
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.directory)))
-        found = servers(directory)
-        figures: dict[str, list[list[Figure]]] = {name: [] for name in found}
-        # In turn, so that what else the machine does meets all of them.
-        for _ in range(rounds):
-            for name, measure in found.items():
-                figures[name].append([measure(*pattern, seconds) for pattern in PATTERNS])
-        report(figures)
+    seconds, rounds = (0.3, 1) if arguments.quick else (arguments.seconds, arguments.rounds)
+    taken = f"{rounds} of {seconds:g} s: median of the rates, lowest processor time"
+    text = [TRANSPORTS, stated(rounds=taken, image=f"{SIZE >> 20} MiB, all of it written and in the page cache")]
+    for directory in arguments.directory or ["/var/tmp"]:
+        text += [f"### Images on {file_system(directory)}", run(directory, seconds, rounds)]
+    publish("bench.luks", "\n\n".join(text), write=arguments.write)
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ class Initiator:
             done += len(completions)
 
 
-async def serve(handler: Memory, kernel: _native.Simulator, task_status: trio.TaskStatus[Device]) -> None:
+async def serve(handler: tcmu_rs.BlockHandler, kernel: _native.Simulator, task_status: trio.TaskStatus[Device]) -> None:
     await serve_ring(
         handler,
         memory=kernel.memory_fileno(),

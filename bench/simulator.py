@@ -84,17 +84,26 @@ def warm_file(directory: str) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def cdbs(write: bool, length: int) -> list[bytes]:
+def cdbs(write: bool, length: int, size: int, block_size: int) -> list[bytes]:
     """Transfers of `length` bytes all over the disk, in a random order that is always the same."""
-    opcode, blocks = (0x8A if write else 0x88), length // 512
-    places = list(range(SIZE // length))
+    opcode, blocks = (0x8A if write else 0x88), length // block_size
+    places = list(range(size // length))
     random.Random(7).shuffle(places)
     return [struct.pack(">BBQLBB", opcode, 0, place * blocks, blocks, 0, 0) for place in places]
 
 
-async def drive(kernel: _native.Simulator, depth: int, seconds: float, *, write: bool, length: int) -> int:
-    """Keeps `depth` commands outstanding; returns how many were done."""
-    commands = cdbs(write, length)
+async def drive(
+    kernel: _native.Simulator,
+    depth: int,
+    seconds: float,
+    *,
+    write: bool,
+    length: int,
+    size: int = SIZE,
+    block_size: int = 512,
+) -> int:
+    """Keeps `depth` commands outstanding; returns how many were done, each of them GOOD."""
+    commands = cdbs(write, length, size, block_size)
     commands += commands[:depth]
     data, room = (os.urandom(length), 0) if write else (None, length)
     at = sent = done = 0

@@ -1,14 +1,20 @@
-"""Compression: what is stored of a cluster, and back."""
+"""Compression: what is stored of clusters, and back."""
 
 from __future__ import annotations
 
 import errno
-import threading
 import zlib
+from collections.abc import Sequence
 
-import zstandard
+from tcmu_rs import IoVec, ZstdFrames
+
+from .storage import Buffer
 
 ZLIB, ZSTD = 0, 1
+
+
+Place = tuple[int, int]
+"""First byte, and how many there are."""
 
 
 class Codec:
@@ -16,54 +22,87 @@ class Codec:
 
     Args:
         kind: The compression type of the image: `ZLIB` or `ZSTD`.
-        cluster_size: Bytes of a cluster.
-        level: Of compression; None for 1.
+        cluster_size: Buffer of a cluster.
+        level: Of compression.
     """
 
-    def __init__(self, kind: int, cluster_size: int, level: int | None = None) -> None:
+    def __init__(self, kind: int, cluster_size: int, level: int = 1) -> None:
         self.kind = kind
-        self.level = 1 if level is None else level
+        self._level = level
         self._size = cluster_size
-        self._local = threading.local()
+        self._frames = ZstdFrames(cluster_size, level if kind == ZSTD else 1)
 
-    def decompress(self, data: bytes | memoryview) -> bytes:
-        """The cluster; what follows its compressed form is ignored.
+    @property
+    def level(self) -> int:
+        """Of compression: 1 to 9 for zlib, to 22 for zstd."""
+        return self._level
+
+    def at_level(self, level: int) -> Codec:
+        """The same for another level."""
+        return Codec(self.kind, self._size, level)
+
+    def decompress(self, stored: Buffer, places: Sequence[Place], iov: IoVec, within: int) -> int:
+        """Decompresses clusters that follow each other on the disk; what follows their compressed form is ignored.
+
+        Args:
+            stored: What was read of the file.
+            places: Where each cluster is in that.
+            iov: Where they go.
+            within: First byte of the first cluster that is wanted.
+
+        Returns:
+            How many were right. If it is less than there are, the next one is damaged.
+        """
+        if self.kind == ZSTD:
+            return self._frames.decompress(stored, places, iov, within)
+        view = memoryview(stored)
+        at = 0
+        for number, (start, length) in enumerate(places):
+            try:
+                # The window is that of QEMU, 2^12, or larger.
+                found = zlib.decompressobj(-15).decompress(view[start : start + length], self._size)
+            except zlib.error:
+                return number
+            if len(found) != self._size:
+                return number
+            step = min(self._size - within, iov.nbytes - at)
+            iov.slice(at, at + step).copy_from(memoryview(found)[within : within + step])
+            at += step
+            within = 0
+        return len(places)
+
+    def whole(self, stored: Buffer) -> bytes:
+        """A cluster; what follows its compressed form is ignored.
 
         Raises:
             OSError: It is damaged (EIO).
         """
-        try:
-            if self.kind == ZLIB:
-                # The window is that of QEMU, 2^12, or larger.
-                found = zlib.decompressobj(-15).decompress(data, self._size)
-            else:
-                # A frame that says how much it has gets the memory for it.
-                if zstandard.frame_content_size(data) > self._size:
-                    raise zstandard.ZstdError("the frame has more than a cluster")
-                found = self._decompressor().decompress(data, max_output_size=self._size)
-        except (zlib.error, zstandard.ZstdError) as error:
-            raise OSError(errno.EIO, f"a compressed cluster is damaged: {error}") from None
-        if len(found) != self._size:
-            raise OSError(errno.EIO, f"a compressed cluster has {len(found)} bytes instead of {self._size}")
-        return found
+        data = bytearray(self._size)
+        if not self.decompress(stored, [(0, len(stored))], IoVec([data]), 0):
+            raise damage()
+        return bytes(data)
 
-    def compress(self, data: bytes | bytearray | memoryview) -> bytes | None:
-        """What to store, or None if a plain cluster is better."""
-        if self.kind == ZLIB:
-            deflate = zlib.compressobj(self.level, zlib.DEFLATED, -12)
-            found = deflate.compress(data) + deflate.flush()
-        else:
-            compressor = getattr(self._local, "compressor", None)
-            if compressor is None:
-                compressor = self._local.compressor = zstandard.ZstdCompressor(
-                    level=self.level, write_checksum=True, write_content_size=True
-                )
+    def compress(self, clusters: Sequence[Buffer]) -> list[tuple[Buffer | None, int]]:
+        """What to store of each, and its CRC-32: nothing (`b""`) of zeroes, and None if a plain cluster is better."""
+        if self.kind == ZSTD:
             # What cannot be compressed becomes raw blocks, a little longer than the cluster, but with a checksum.
-            return bytes(compressor.compress(data))
-        return found if len(found) <= self._size - 512 else None
+            stored, frames = self._frames.compress(b"".join(clusters))
+            view = memoryview(stored)
+            found: list[tuple[Buffer | None, int]] = []
+            at = 0
+            for length, crc in frames:
+                found.append((view[at : at + length] if length else b"", crc))
+                at += length
+            return found
+        zeroes = bytes(self._size)
+        return [(b"", 0) if cluster == zeroes else self._deflate(cluster) for cluster in clusters]
 
-    def _decompressor(self) -> zstandard.ZstdDecompressor:
-        decompressor = getattr(self._local, "decompressor", None)
-        if decompressor is None:
-            decompressor = self._local.decompressor = zstandard.ZstdDecompressor()
-        return decompressor
+    def _deflate(self, cluster: Buffer) -> tuple[bytes | None, int]:
+        deflate = zlib.compressobj(self._level, zlib.DEFLATED, -12)
+        stored = deflate.compress(cluster) + deflate.flush()
+        return (stored, zlib.crc32(stored)) if len(stored) <= self._size - 512 else (None, 0)
+
+
+def damage() -> OSError:
+    """What is raised for a cluster that cannot be decompressed."""
+    return OSError(errno.EIO, "a compressed cluster is damaged")

@@ -40,7 +40,7 @@ _LEVELS = (9, 22)
 _KEYS = "key-file, passphrase-fd, credential"
 """Options that say where a passphrase is."""
 _LARGE = 128 << 10
-"""Bytes of a read that is worth a thread."""
+"""Bytes to decompress that are worth a thread."""
 
 
 class Qcow2Handler(BlockHandler):
@@ -350,7 +350,7 @@ class Qcow2Handler(BlockHandler):
             hardest = _LEVELS[image.header.compression_type]
             if self._level is not None and not 1 <= self._level <= hardest:
                 raise ValueError(f"level is {self._level}; for {image.header.compression_name()} it is 1 to {hardest}")
-            image.codec.level = self._level or 1
+            image.codec = image.codec.at_level(self._level or 1)
             if not self.read_only:
                 self._check_compression(image)
                 writer = Writer(image, compress=self._compress, chain=image.chain, **self._writing)
@@ -395,15 +395,18 @@ class Qcow2Handler(BlockHandler):
         image = self._image
         assert image is not None
         image.reads += 1
-        large = iov.nbytes >= _LARGE
+        single = iov.nbytes <= image.header.cluster_size
         for _ in range(_PATIENCE):
             try:
-                found = image.collect(offset, iov) if large else None
-                if found is None:
+                if single:
                     image.read(offset, iov, wait=False)
-                elif found:
+                    return
+                runs = image.collect(offset, iov)
+                if sum(len(run.places) for run in runs) << image.header.cluster_bits < _LARGE:
+                    image.decompress_into(runs)
+                else:
                     # Of several large reads one is decompressed beside the other.
-                    await trio.to_thread.run_sync(image.decompress_into, found)
+                    await trio.to_thread.run_sync(image.decompress_into, runs)
                 return
             except Cold as cold:
                 await trio.to_thread.run_sync(cold.warm)

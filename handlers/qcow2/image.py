@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
 from tcmu_rs import IoVec, MediumError
 
-from .codecs import Codec
+from .codecs import Codec, Place, damage
 from .header import DATA_FILE, Header
 from .log import Chain
 from .pages import Cold, Pages
 from .payload import Payload, read_plain
-from .storage import Storage
+from .storage import Buffer, Storage
 from .tables import COMPRESSED, SUBCLUSTERS, ZERO, Tables
 
 _HOT = 1 << 20
-"""Bytes of decompressed clusters that are kept for readers of parts."""
+"""Buffer of decompressed clusters that are kept for readers of parts."""
+_GAP = 8192
+"""Buffer between two compressed clusters in the file that are read with them, rather than by a call of their own."""
 
 
 class Kind(IntEnum):
@@ -77,6 +79,23 @@ class RawSource:
         self._storage.close()
 
 
+@dataclass(slots=True)
+class Run:
+    """Compressed clusters that follow each other on the disk.
+
+    Attributes:
+        offset: On the disk, of the first byte that is wanted.
+        iov: Where they go.
+        stored: What the file has of them.
+        places: Where each is in that.
+    """
+
+    offset: int
+    iov: IoVec
+    stored: Buffer
+    places: Sequence[Place]
+
+
 class Cached(Protocol):
     """A cluster that is newer in memory than in the file."""
 
@@ -90,7 +109,7 @@ class Image:
         storage: The image; closed with this.
         header: Of it.
         tables: The map, if it is not the active one.
-        size: Bytes of the disk, if they are not those of the active one.
+        size: Buffer of the disk, if they are not those of the active one.
         backing: What is below; closed with this.
         payload: Where plain clusters are; its file is closed with this.
         pages: Metadata; shared with who writes it.
@@ -128,7 +147,9 @@ class Image:
         self.cache: dict[int, Cached] = {}
         self.codec = Codec(header.compression_type, header.cluster_size)
         self._hot: dict[int, bytes] = {}
-        self._scratch = bytearray(2 * header.cluster_size + 512)
+        self._scratch = memoryview(bytearray(2 * header.cluster_size + 512))
+        # Where a read begins that goes on with the last one.
+        self._next = 0
         self._hot_limit = max(2, _HOT >> header.cluster_bits)
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size
@@ -170,7 +191,7 @@ class Image:
                 return
             entry = self._entry(cluster, wait)
             if entry & COMPRESSED:
-                iov.copy_from(memoryview(self.decompressed(entry, cluster, wait))[within : within + total])
+                self._read_part(entry, cluster, within, iov, wait)
                 return
         if offset + total > self.size:
             inside = max(0, self.size - offset)
@@ -266,6 +287,29 @@ class Image:
             yield Extent(kind, step, host + within if allocated else 0)
             within += step
 
+    def _read_part(self, entry: int, cluster: int, within: int, iov: IoVec, wait: bool) -> None:
+        """Reads a part of a compressed cluster; one that is read part after part is decompressed once."""
+        offset = (cluster << self._bits) + within
+        if entry in self._hot or (offset == self._next and iov.nbytes < self._cluster_size):
+            data = self.decompressed(entry, cluster, wait)
+            iov.copy_from(memoryview(data)[within : within + iov.nbytes])
+        else:
+            stored = self._stored(entry, wait)
+            if not self.codec.decompress(stored, ((0, len(stored)),), iov, within):
+                raise self._medium_error(cluster, damage())
+        self._next = offset + iov.nbytes
+
+    def _stored(self, entry: int, wait: bool) -> Buffer:
+        """What the file has for a compressed cluster; good until the next call."""
+        offset, length = self.tables.place(entry)
+        try:
+            stored = self._scratch[:length]
+            done = self.storage.preadv(offset, (stored,), wait=wait)
+            # The end of the file, or of what is in memory.
+            return stored if done == length else self.storage.pread(offset, length, wait=wait)
+        except BlockingIOError:
+            raise Cold(self.storage, offset, length) from None
+
     def decompressed(self, entry: int, cluster: int, wait: bool) -> bytes:
         """The data of a compressed cluster.
 
@@ -277,16 +321,8 @@ class Image:
         data = self._hot.get(entry)
         if data is not None:
             return data
-        offset, length = self.tables.place(entry)
         try:
-            stored = memoryview(self._scratch)[:length]
-            done = self.storage.preadv(offset, [stored], wait=wait)
-            if done < length:
-                stored = memoryview(self.storage.pread(offset, length, wait=wait))
-        except BlockingIOError:
-            raise Cold(self.storage, offset, length) from None
-        try:
-            data = self.codec.decompress(stored)
+            data = self.codec.whole(self._stored(entry, wait))
         except OSError as error:
             raise self._medium_error(cluster, error) from None
         if len(self._hot) >= self._hot_limit:
@@ -294,43 +330,83 @@ class Image:
         self._hot[entry] = data
         return data
 
-    def collect(self, offset: int, iov: IoVec) -> list[tuple[IoVec, int, bytes, int]] | None:
-        """Fills what is not compressed of a large read, and returns the rest, for threads to decompress.
-
-        Returns:
-            Where to, from which byte of the cluster on, what is stored, and the guest cluster; None if `read` is to be
-            called.
+    def collect(self, offset: int, iov: IoVec) -> list[Run]:
+        """Fills what is not compressed of a read, and returns the rest, for any thread to decompress.
 
         Raises:
             Cold: Something is not in memory.
         """
-        if offset + iov.nbytes > self.size:
-            return None
-        found = []
-        at = 0
-        for extent in self.extents(offset, iov.nbytes, wait=False):
-            part = iov.slice(at, at + extent.length)
-            if extent.kind != Kind.COMPRESSED:
-                self._read_extent(extent, offset + at, part, False)
-            else:
-                place, length = self.tables.place(extent.place)
-                try:
-                    stored = self.storage.pread(place, length, wait=False)
-                except BlockingIOError:
-                    raise Cold(self.storage, place, max(length, iov.nbytes - at)) from None
-                within = (offset + at) & self._in_cluster
-                found.append((part, within, stored, (offset + at) >> self._bits))
-            at += extent.length
-        return found
+        if self._extended or offset + iov.nbytes > self.size:
+            self.read(offset, iov, wait=False)
+            return []
+        total = iov.nbytes
+        first = offset >> self._bits
+        try:
+            entries = self.tables.entries(first, ((offset + total - 1) >> self._bits) - first + 1, wait=False)
+        except OSError as error:
+            if error.errno != errno.EUCLEAN:
+                raise
+            raise self._medium_error(first, error) from None
+        runs: list[Run] = []
+        cache = self.cache
+        compressed: list[tuple[int, int]] = []
+        # Begins what has not been seen to: compressed clusters if there are some, else others.
+        start = 0
+        at = -(offset & self._in_cluster)
+        for cluster, entry in enumerate(entries, first):
+            here = max(at, 0)
+            if entry & COMPRESSED and cluster not in cache:
+                if not compressed and here > start:
+                    self.read(offset + start, iov.slice(start, here), wait=False)
+                    start = here
+                compressed.append(self.tables.place(entry))
+            elif compressed:
+                runs.append(self._run(offset + start, compressed, iov.slice(start, here)))
+                start, compressed = here, []
+            at += self._cluster_size
+        if compressed:
+            runs.append(self._run(offset + start, compressed, iov.slice(start, total)))
+        else:
+            self.read(offset + start, iov.slice(start, total), wait=False)
+        return runs
 
-    def decompress_into(self, found: list[tuple[IoVec, int, bytes, int]]) -> None:
-        """Finishes what `collect` has begun; any thread may do it."""
-        for part, within, stored, cluster in found:
+    def _run(self, offset: int, compressed: Sequence[Place], iov: IoVec) -> Run:
+        """Reads what is stored of clusters that follow each other; what lies together in the file is read at once."""
+        spans: list[list[int]] = []
+        places: list[Place] = []
+        total = 0
+        for place, length in compressed:
+            stop = place + length
+            if spans and spans[-1][0] <= place <= spans[-1][1] + _GAP:
+                span = spans[-1]
+                more = stop - span[1]
+                if more > 0:
+                    span[1] = stop
+                    total += more
+            else:
+                span = [place, stop, total]
+                spans.append(span)
+                total += length
+            places.append((span[2] + place - span[0], length))
+        stored = memoryview(bytearray(total))
+        for place, stop, at in spans:
+            part = stored[at : at + stop - place]
             try:
-                data = self.codec.decompress(stored)
-            except OSError as error:
-                raise self._medium_error(cluster, error) from None
-            part.copy_from(memoryview(data)[within : within + part.nbytes])
+                done = self.storage.preadv(place, (part,), wait=False)
+                if done < len(part):
+                    # The end of the file, or of what is in memory.
+                    rest = self.storage.pread(place + done, len(part) - done, wait=False)
+                    part[done : done + len(rest)] = rest
+            except BlockingIOError:
+                raise Cold(self.storage, place, stop - place) from None
+        return Run(offset, iov, stored, places)
+
+    def decompress_into(self, runs: Sequence[Run]) -> None:
+        """Finishes what `collect` has begun; any thread may do it."""
+        for run in runs:
+            right = self.codec.decompress(run.stored, run.places, run.iov, run.offset & self._in_cluster)
+            if right < len(run.places):
+                raise self._medium_error((run.offset >> self._bits) + right, damage())
 
     def forget_decompressed(self, entry: int) -> None:
         """The place of this entry is free: another cluster may get the same."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from .changes import Changes
 from .header import SECTOR
 from .image import Image
 from .space import Space
+from .storage import Buffer
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Job:
     entry: Entry
     version: int
     data: bytes
-    stored: bytes | None = None
+    stored: Buffer | None = None
     place: int = 0
     crc: int = 0
 
@@ -66,19 +66,18 @@ class Packer:
 
     def prepare(self, jobs: Sequence[Job]) -> None:
         """In a thread: what is stored of each cluster."""
+        if self._compress:
+            for job, (stored, crc) in zip(jobs, self._codec.compress([job.data for job in jobs]), strict=True):
+                job.stored, job.crc = stored, crc
+            return
         zeroes = bytes(self._cluster_size)
-        compress = self._codec.compress
         for job in jobs:
             if job.data == zeroes:
                 job.stored = b""
-            elif self._compress:
-                job.stored = compress(job.data)
-                if job.stored is not None:
-                    job.crc = zlib.crc32(job.stored)
 
-    def place(self, jobs: Sequence[Job], placed: list[Job]) -> list[tuple[int, list[bytes]]]:
+    def place(self, jobs: Sequence[Job], placed: list[Job]) -> list[tuple[int, list[Buffer]]]:
         """Takes free space for what is stored; returns what to write where."""
-        plan: list[tuple[int, list[bytes]]] = []
+        plan: list[tuple[int, list[Buffer]]] = []
         run: list[tuple[Job, int]] = []
         at = 0
         most = 1 << (self._bits - 8)
@@ -106,7 +105,7 @@ class Packer:
             at += max(len(stored), self._least)
         if run:
             start = self._space.take_run(at)
-            buffers: list[bytes] = []
+            buffers: list[Buffer] = []
             stop = 0
             for job, place in run:
                 assert job.stored is not None
@@ -118,7 +117,7 @@ class Packer:
             plan.append((start, buffers))
         return plan
 
-    def write_out(self, plan: Sequence[tuple[int, list[bytes]]]) -> None:
+    def write_out(self, plan: Sequence[tuple[int, list[Buffer]]]) -> None:
         """In a thread."""
         for offset, buffers in plan:
             self._payload.write_buffers(offset, buffers)

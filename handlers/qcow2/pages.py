@@ -111,6 +111,18 @@ class Pages:
         value: int = _WORD.unpack_from(page.data, offset & self._mask)[0]
         return value
 
+    def words(self, offset: int, count: int, *, wait: bool = True) -> list[int]:
+        """Numbers that follow each other."""
+        found: list[int] = []
+        while count:
+            at = offset & self._mask
+            step = min(count, (self.size - at) >> 3)
+            page = self.get(offset >> self._bits, wait=wait)
+            found += struct.unpack_from(f">{step}Q", page.data, at)
+            offset += step << 3
+            count -= step
+        return found
+
     def read(self, offset: int, length: int) -> bytes:
         """Bytes from anywhere; waits."""
         parts = []

@@ -9,7 +9,7 @@ from tcmu_rs import IoVec
 
 from ._errors import Qcow2Error
 from .pages import Cold
-from .storage import Storage
+from .storage import Buffer, Storage
 
 SECTOR = 512
 
@@ -78,7 +78,7 @@ class Payload:
         """Writes all of it."""
         self.storage.pwrite(offset, data if self.cipher is None else [self.cipher.encrypt(offset // SECTOR, data)])
 
-    def write_buffers(self, offset: int, buffers: Sequence[bytes]) -> None:
+    def write_buffers(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """The same, from several buffers."""
         if self.cipher is None:
             self.storage.pwrite(offset, buffers)

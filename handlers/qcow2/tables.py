@@ -71,6 +71,24 @@ class Tables:
             self.table(index)
         return word(table + ((cluster & self._index_mask) << self.entry_bits), wait=wait)
 
+    def entries(self, cluster: int, count: int, *, wait: bool = True) -> list[int]:
+        """The entries of guest clusters that follow each other; not for extended ones.
+
+        Raises:
+            OSError: The place of a table cannot be (EUCLEAN).
+        """
+        found: list[int] = []
+        while count:
+            step = min(count, self._index_mask + 1 - (cluster & self._index_mask))
+            table = self.table(cluster >> self.l2_bits, wait=wait)
+            if table:
+                found += self._pages.words(table + ((cluster & self._index_mask) << 3), step, wait=wait)
+            else:
+                found += [0] * step
+            cluster += step
+            count -= step
+        return found
+
     def bitmap(self, cluster: int, *, wait: bool = True) -> int:
         """The second word of an extended entry: bit n, subcluster n is allocated; bit 32 + n, it is zero."""
         table = self.table(cluster >> self.l2_bits, wait=wait)

@@ -22,7 +22,17 @@ from ._errors import (
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
 from ._layers import Lower
 from ._memory import protect_memory
-from ._native import AesXts, Command, IoVec, Transfer, __version__, debug_build, fallocate, fdatasync
+from ._native import (
+    AesXts,
+    Command,
+    IoVec,
+    Transfer,
+    ZstdFrames,
+    __version__,
+    debug_build,
+    fallocate,
+    fdatasync,
+)
 from ._registry import handler_below
 from ._runtime import Device
 from ._statistics import DeviceStatistics, LateCommand, Latency, VerbStatistics
@@ -65,6 +75,7 @@ __all__ = [
     "Transfer",
     "VerbStatistics",
     "WriteProtected",
+    "ZstdFrames",
     "__version__",
     "attach",
     "blocking",

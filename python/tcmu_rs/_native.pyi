@@ -17,6 +17,7 @@ __all__ = [
     "Simulator",
     "TaskManagement",
     "Transfer",
+    "ZstdFrames",
     "__version__",
     "debug_build",
     "fallocate",
@@ -74,6 +75,12 @@ class AesXts:
     def hardware_accelerated() -> bool: ...
     def encrypt(self, number: int, source: IoVec, target: IoVec, /) -> None: ...
     def decrypt(self, number: int, iov: IoVec, /) -> None: ...
+
+@final
+class ZstdFrames:
+    def __new__(cls, unit: int, /, level: int = 1) -> ZstdFrames: ...
+    def compress(self, units: Buffer, /) -> tuple[bytes, list[tuple[int, int]]]: ...
+    def decompress(self, stored: Buffer, places: Sequence[tuple[int, int]], iov: IoVec, within: int = 0, /) -> int: ...
 
 @final
 class LogicalUnit:

@@ -303,8 +303,13 @@ class Succession:
         self._channel = Channel(trio.SocketStream(trio.socket.from_stdlib_socket(self._sock)))
         await self._channel.send({"version": VERSION})
         while "end" not in (message := await self._channel.receive()).body:
-            (fd,) = message.take_descriptors()
-            self._devices[message.body["device"]] = Inherited(self, fd, message.body)
+            device, descriptors = message.body.get("device"), message.take_descriptors()
+            if not isinstance(device, str) or device in self._devices or len(descriptors) != 1:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                raise ControlError(f"the predecessor hands over {device!r} with {len(descriptors)} descriptors")
+            self._devices[device] = Inherited(self, descriptors[0], message.body)
+        message.close()
         self._left = len(self._devices)
 
     async def is_ready(self) -> None:

@@ -418,7 +418,7 @@ impl Device {
         lock(&self.ring).abandon();
         lock(&self.event).take();
         // Claims that wait hold the device, and it holds them.
-        drop(self.exclusion.clear());
+        drop(self.exclusion.close());
     }
 }
 

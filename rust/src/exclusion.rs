@@ -62,6 +62,7 @@ struct Queue<T> {
     holders: Vec<(Token, Reach)>,
     waiting: VecDeque<Waiting<T>>,
     ready: Vec<T>,
+    closed: bool,
 }
 
 /// The ranges of all commands of a device. `T` is what is kept of a command that waits.
@@ -83,7 +84,12 @@ impl<T> Default for Exclusion<T> {
             chunks: (0..=usize::from(u16::MAX) / CHUNK).map(|_| OnceLock::new()).collect(),
             tokens: AtomicU64::new(0),
             ready: AtomicUsize::new(0),
-            queue: Mutex::new(Queue { holders: Vec::new(), waiting: VecDeque::new(), ready: Vec::new() }),
+            queue: Mutex::new(Queue {
+                holders: Vec::new(),
+                waiting: VecDeque::new(),
+                ready: Vec::new(),
+                closed: false,
+            }),
         }
     }
 }
@@ -124,10 +130,13 @@ impl<T> Exclusion<T> {
     }
 
     /// Enters the queue. Returns `item` if the command may begin; otherwise it comes out of [`Exclusion::take_ready`]
-    /// when it may.
+    /// when it may. After [`Exclusion::close`] it waits for ever, and is not kept.
     pub(crate) fn enter(&self, token: Token, id: u16, reach: Reach, item: T) -> Option<T> {
         let mut queue = self.lock();
         self.queued.fetch_add(1, Ordering::SeqCst);
+        if queue.closed {
+            return None;
+        }
         let behind = queue.waiting.len();
         let granted = if self.is_blocked(&queue, &reach, behind) {
             queue.waiting.push_back(Waiting { token, id, reach, item });
@@ -221,9 +230,10 @@ impl<T> Exclusion<T> {
         queue.waiting.iter().filter(|waiting| ids(waiting.id)).map(|waiting| waiting.item.clone()).collect()
     }
 
-    /// Forgets all who wait.
-    pub(crate) fn clear(&self) -> (VecDeque<impl Sized>, Vec<T>) {
+    /// Forgets all who wait, and who will come.
+    pub(crate) fn close(&self) -> (VecDeque<impl Sized>, Vec<T>) {
         let mut queue = self.lock();
+        queue.closed = true;
         self.ready.store(0, Ordering::Release);
         (std::mem::take(&mut queue.waiting), std::mem::take(&mut queue.ready))
     }

@@ -2,12 +2,14 @@
 //!
 //! Layers, each ignorant of the next: [`abi`] (numbers), [`mapping`] (pointers), [`ring`] (entries), [`scsi`]
 //! (commands), [`netlink`] (devices come and go), [`statistics`] (what was, and how long it took), [`xts`] (sectors that
-//! are encrypted), [`fileio`] (a command's data to and from files); `py` joins them for Python.
+//! are encrypted), [`frames`] (units that are compressed), [`fileio`] (a command's data to and from files); `py` joins
+//! them for Python.
 
 pub mod abi;
 pub mod device;
 mod exclusion;
 pub mod fileio;
+pub mod frames;
 pub mod mapping;
 pub mod netlink;
 pub mod ring;

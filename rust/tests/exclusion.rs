@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use tcmu::device::{Claim, Device, Work};
+use tcmu::device::{Claim, Device, Started, Work};
 use tcmu::mapping::Mapping;
 use tcmu::ring::sim::{Config, Kernel, Request, Ticket};
 use tcmu::scsi::{Capabilities, Geometry, Identity, LogicalUnit, Reply, Step, StepBuffer, StepResult, Verb};
@@ -193,6 +193,27 @@ fn closing_forgets_those_who_wait() {
     bench.asked.clear();
     drop(bench);
     assert!(device.upgrade().is_none(), "the device and its commands held each other");
+}
+
+#[test]
+fn nobody_waits_in_a_closed_device() {
+    let mut bench = Bench::new();
+    bench.write(0, 1);
+    let data_out = vec![0; 2 * BLOCK];
+    bench.kernel.submit(Request {
+        cdb: vec![0x89, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0],
+        data_out,
+        data_in: 0,
+    });
+    let work = bench.device.drain(64, true).unwrap();
+    let [Work::Command(claim)] = work.as_slice() else { panic!("{work:?}") };
+    let device = Arc::downgrade(&bench.device);
+    bench.device.close();
+    assert!(matches!(claim.start(), Ok(Started::Waiting)));
+    drop(work);
+    bench.asked.clear();
+    drop(bench);
+    assert!(device.upgrade().is_none(), "the device keeps a command that keeps the device");
 }
 
 proptest! {

@@ -1,10 +1,11 @@
-"""What runs in the guest whose power is cut: `python -m tests.guest.power STATE`.
+"""What runs in the guest whose power is cut: `python -m tests.guest.power ROUND`.
 
 Every shipped handler serves a disk from a file on /dev/vda. What is on the disks is said first, then they are written
-and flushed until the machine is gone. The host knows the writes, for they follow from the round, and hears of flushes.
+and flushed until the machine is gone. The host has made the files (`prepare`), knows the writes, for they follow from
+the round, and hears of flushes.
 
 Lines of output: `found NAME JSON`: for each place who wrote it; `flushed NAME ROUND COUNT`: so many writes of the round
-were done when a flush began that has succeeded.
+were done when a flush began that has succeeded; `durable NAME ROUND COUNT`: this write had FUA and has succeeded.
 """
 
 from __future__ import annotations
@@ -15,33 +16,77 @@ import os
 import re
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from .disks import TCMU_RS, run
+import trio
 
-MIB = 1 << 20
-SIZE = 16 * MIB
+import tcmu_rs
+from tcmu_rs import BlockHandler, IoVec, Options, _registry
+
+SIZE = 16 << 20
 BLOCK = 4096
-PLACES = 96
+PLACES = 64
 FLUSH_EVERY = 5
 MOUNTED = Path("/run/tmp/disk")
 
-KEY = ["-o", "key-file=/run/tmp/disk/key"]
-DISKS: dict[str, tuple[list[str], list[str]]] = {
-    "file": ([], []),
-    "luks": (KEY, ["-o", "iter-time=1"]),
-    "qcow2": ([], []),
-    "zstd": ([], []),
+
+@dataclass(frozen=True)
+class Kind:
+    """How a disk is made and opened.
+
+    Attributes:
+        spec: `HANDLER:CONFIG`; the path is put behind.
+        options: For both.
+        making: For making it alone.
+    """
+
+    spec: str
+    options: dict[str, str] = field(default_factory=dict)
+    making: dict[str, str] = field(default_factory=dict)
+
+    def handler(self, directory: Path, name: str) -> BlockHandler:
+        """The disk, to be opened."""
+        kind, config = _registry.parse_spec(f"{self.spec}{directory / name}")
+        found: BlockHandler = _registry.load(kind).from_config(
+            config, Options(extra=self._extra(self.options, directory))
+        )
+        return found
+
+    async def create(self, directory: Path, name: str) -> None:
+        """Makes it."""
+        kind, config = _registry.parse_spec(f"{self.spec}{directory / name}")
+        extra = self._extra(self.options | self.making, directory)
+        await _registry.load(kind).create(config, Options(size=SIZE, create=True, extra=extra))
+
+    def _extra(self, options: dict[str, str], directory: Path) -> dict[str, str]:
+        return {key: value.format(directory=directory) for key, value in options.items()}
+
+
+KEY = {"key-file": "{directory}/key"}
+DISKS = {
+    "file": Kind("file:"),
+    "direct": Kind("file:", {"direct": "on"}),
+    "luks": Kind("luks:", KEY),
+    "luks512": Kind("luks:", KEY, {"version": "1"}),
+    "qcow2": Kind("qcow2:"),
+    "zstd": Kind("zstd:"),
+    "luksqcow2": Kind("luks:qcow2:", KEY),
 }
-"""The handlers, options for their disks, and more of them for making those."""
 
 
 def writes(name: str, round_number: int) -> list[int]:
     """The places that are written in a round, in order."""
     random = Random(f"{name} {round_number}")
     return [random.randrange(PLACES) for _ in range(4000)]
+
+
+def has_fua(count: int) -> bool:
+    """Whether a write is durable by itself."""
+    return count % FLUSH_EVERY == 1
 
 
 def block(name: str, round_number: int, count: int) -> bytes:
@@ -53,32 +98,29 @@ def block(name: str, round_number: int, count: int) -> bytes:
 
 def offset(place: int) -> int:
     """Neighbours, and places all over the disk."""
-    return (place if place < PLACES // 2 else place * 37) * BLOCK
+    return (place if place < PLACES // 2 else place * 60) * BLOCK
 
 
-def attach(name: str) -> str:
-    options, _ = DISKS[name]
-    process = subprocess.Popen(
-        [TCMU_RS, "attach", f"{name}:{MOUNTED / name}", *options, "--json"], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    return str(json.loads(process.stdout.readline())["device"])
+# On the host.
+
+
+async def prepare(directory: Path) -> None:
+    """Makes the disks in a directory, with something at every place: a new disk may have anything."""
+    (directory / "key").write_bytes(b"the key")
+    for name, kind in DISKS.items():
+        await kind.create(directory, name)
+        async with tcmu_rs.Lower(kind.handler(directory, name)) as disk:
+            for place in range(PLACES):
+                await disk.write(offset(place), IoVec([block(name, -1, place)]))
+            await disk.flush()
+
+
+# In the guest.
 
 
 def say(*words: object) -> None:
     # One call, so that lines of several threads do not mix.
     os.write(1, (" ".join(map(str, words)) + "\n").encode())
-
-
-def begin(name: str, device: str) -> None:
-    """Writes every place: a new disk may have anything."""
-    fd = os.open(device, os.O_WRONLY | os.O_DIRECT)
-    with mmap.mmap(-1, BLOCK) as buffer:
-        for place in range(PLACES):
-            buffer[:] = block(name, -1, place)
-            assert os.pwritev(fd, [buffer], offset(place)) == BLOCK
-    os.fsync(fd)
-    os.close(fd)
 
 
 def look(name: str, device: str) -> None:
@@ -102,33 +144,41 @@ def work(name: str, device: str, round_number: int) -> None:
     with mmap.mmap(-1, BLOCK) as buffer:
         for count, place in enumerate(writes(name, round_number)):
             buffer[:] = block(name, round_number, count)
-            assert os.pwritev(fd, [buffer], offset(place)) == BLOCK
+            assert os.pwritev(fd, [buffer], offset(place), os.RWF_DSYNC if has_fua(count) else 0) == BLOCK
+            if has_fua(count):
+                say("durable", name, round_number, count)
             if count % FLUSH_EVERY == FLUSH_EVERY - 1:
                 os.fsync(fd)
                 say("flushed", name, round_number, count + 1)
     say("finished", name)
 
 
-def main() -> None:
+async def in_threads(function: Callable[..., None], devices: dict[str, str], *arguments: object) -> None:
+    async def run(name: str, device: str) -> None:
+        await trio.to_thread.run_sync(function, name, device, *arguments)
+
+    async with trio.open_nursery() as nursery:
+        for name, device in devices.items():
+            nursery.start_soon(run, name, device)
+
+
+async def main() -> None:
     round_number = int(sys.argv[1])
     MOUNTED.mkdir()
-    if round_number == 0:
-        run("mkfs.ext4", "-q", "-F", "/dev/vda")
-    run("mount", "/dev/vda", MOUNTED)
-    if round_number == 0:
-        Path(MOUNTED, "key").write_bytes(b"the key")
-        for name, (options, more) in DISKS.items():
-            run(TCMU_RS, "create", f"{name}:{MOUNTED / name}", "--size", "16M", *options, *more)
-        os.sync()
-    devices = {name: attach(name) for name in DISKS}
-    for name, device in devices.items():
-        if round_number == 0:
-            begin(name, device)
-        look(name, device)
-    say("begins")
-    for name, device in devices.items():
-        threading.Thread(target=work, args=(name, device, round_number)).start()
+    subprocess.run(["mount", "/dev/vda", MOUNTED], check=True)
+    say("mounted")
+    async with AsyncExitStack() as stack:
+        devices: dict[str, str] = {}
+        for name, kind in DISKS.items():
+            attached = tcmu_rs.attach(kind.handler(MOUNTED, name), name)
+            device = await stack.enter_async_context(attached)
+            assert device.path is not None
+            devices[name] = device.path
+        say("attached")
+        await in_threads(look, devices)
+        say("begins")
+        await in_threads(work, devices, round_number)
 
 
 if __name__ == "__main__":
-    main()
+    trio.run(main)

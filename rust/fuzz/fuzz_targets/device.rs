@@ -532,6 +532,8 @@ impl World {
             assert_eq!(self.device.in_flight(), 0);
             assert!(self.sent.values().all(|sent| sent.answered));
         }
+        // As its owner does, whatever has happened; then nothing of it is left in memory.
+        self.device.close();
     }
 }
 

@@ -249,6 +249,17 @@ fn answered() -> PyErr {
     PyBufferError::new_err("the command was answered: its data is not there any more")
 }
 
+/// Appends the bytes of an object with a contiguous buffer.
+pub fn append_bytes(object: &Bound<'_, PyAny>, into: &mut Vec<u8>) -> PyResult<()> {
+    let buffer = contiguous(object)?;
+    let (start, length) = (into.len(), buffer.len_bytes());
+    into.resize(start + length, 0);
+    // SAFETY: the source is valid for `length` bytes as long as `buffer` exports it, and the target has just been made
+    // so long; it is new memory, so they do not overlap.
+    unsafe { ptr::copy_nonoverlapping(buffer.buf_ptr().cast::<u8>(), into[start..].as_mut_ptr(), length) };
+    Ok(())
+}
+
 /// A place in the memory of an [`IoVec`], which stays where it is as long as this lives.
 pub struct Walk {
     pieces: SmallVec<[(*mut u8, usize); 4]>,
@@ -256,6 +267,10 @@ pub struct Walk {
     at: usize,
     _held: Held,
 }
+
+// SAFETY: the pointers are into memory that `_held` keeps valid and in place; `Held` may go to another thread, and the
+// memory is no thread's own.
+unsafe impl Send for Walk {}
 
 impl Walk {
     /// Copies the next bytes out; fewer, if there are no more.

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use crate::device::DeviceError;
 
 mod fileio;
+mod frames;
 mod iovec;
 mod netlink;
 mod ring;
@@ -33,6 +34,8 @@ impl From<DeviceError> for PyErr {
 mod _native {
     #[pymodule_export]
     use super::fileio::{FileQueue, Transfer, fallocate, fdatasync};
+    #[pymodule_export]
+    use super::frames::ZstdFrames;
     #[pymodule_export]
     use super::iovec::IoVec;
     #[pymodule_export]

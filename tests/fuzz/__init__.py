@@ -1,0 +1,1 @@
+"""Fuzz targets for what Python parses: `python -m tests.fuzz`, which says more."""
