@@ -112,6 +112,8 @@ def open_image(
         chain_of_log = None
         pieces: dict[int, list[tuple[int, bytes]]] = {}
         if header.log is not None:
+            if header.log.offset + header.log.size > file.size:
+                raise Qcow2Error(f"{path}: its log, to byte {header.log.offset + header.log.size}, is not in the file")
             chain_of_log = read_chain(file, header.log, pages.size, None if isinstance(cipher, Locked) else cipher)
             header, pieces = _replay(file, pages, header, chain_of_log)
         size, tables = header.size, Tables(pages, header)

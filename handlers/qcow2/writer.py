@@ -476,24 +476,37 @@ class Writer:
             await self.punch()
 
     async def _rewrite(self, clusters: Sequence[int]) -> int:
-        """Stores clusters at another place, as if they had been written; returns how many it were."""
-        batch = []
-        for cluster in clusters:
-            try:
-                if cluster not in self._cache:
-                    await self._retry(lambda c=cluster: self._take_in(c))  # type: ignore[misc]
-            except MediumError:
-                # It stays as it is: whoever reads it has to be told.
-                continue
-            entry = self._cache.get(cluster)
-            if entry is not None and self._is_idle(cluster, entry):
-                batch.append((cluster, entry))
-        await self._destage(batch)
-        return len(batch)
+        """Stores clusters at another place, as if they had been written; returns how many it were.
 
-    def _take_in(self, cluster: int) -> None:
-        if cluster not in self._cache:
-            self._add_entry(cluster, whole=False)
+        It never waits for room in the cache: those who make it have no duty to compaction, and may be gone.
+        """
+        count = 0
+        waiting = list(clusters)
+        while waiting:
+            batch: list[tuple[int, Entry]] = []
+            try:
+                while waiting and len(batch) <= self._limit // 2:
+                    cluster = waiting[-1]
+                    entry = await self._take_in(cluster)
+                    if entry is not None and self._is_idle(cluster, entry):
+                        batch.append((cluster, entry))
+                    waiting.pop()
+            except _CacheFullError:
+                if not batch:
+                    break
+            await self._destage(batch)
+            count += len(batch)
+        return count
+
+    async def _take_in(self, cluster: int) -> Entry | None:
+        """The entry of a cluster in the cache; None if it is damaged: whoever reads it has to be told."""
+        while True:
+            try:
+                return self._cache.get(cluster) or self._add_entry(cluster, whole=False)
+            except Cold as cold:
+                await trio.to_thread.run_sync(cold.warm)
+            except MediumError:
+                return None
 
     async def punch(self) -> None:
         """Gives free space back to the file system; nobody gets it meanwhile."""
