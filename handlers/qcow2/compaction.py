@@ -64,7 +64,6 @@ class Compactor:
         self._bits = image.header.cluster_bits
         self._seen = -1
         self._done_at = -1
-        self._running = False
         # Those that have something in them that does not move.
         self._tried: set[int] = set()
         self.moved = 0
@@ -76,19 +75,16 @@ class Compactor:
         Raises:
             OSError: Storing failed, for another reason than want of space.
         """
-        if self._running:
-            return False
         before, self._seen = self._seen, self._activity()
         if not self._rate or self._seen != before or self._seen == self._done_at or self._image.header.snapshots:
             return False
         units = await self._choose()
-        if not units or self._running:
+        if not units:
             if not self._is_busy():
                 self._done_at = self._seen
             return False
         self.passes += 1
         moved = self.moved
-        self._running = True
         self._space.set_aside(units)
         try:
             if await self._empty(units):
@@ -100,7 +96,6 @@ class Compactor:
             self._done_at = self._seen
         finally:
             self._space.put_back()
-            self._running = False
         return self.moved > moved
 
     def _is_busy(self) -> bool:

@@ -16,7 +16,7 @@ from .branching import Branching
 from .cache import UNIT, Entry, runs
 from .changes import Changes
 from .compaction import RATE, Compactor
-from .header import DATA_FILE, DIRTY, SECTOR, LogPlace
+from .header import DIRTY, SECTOR, LogPlace
 from .image import Image, Kind
 from .log import STATES, Chain, Log, Record
 from .packing import Job, Packer
@@ -59,6 +59,21 @@ def _text(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
+def _check_external(image: Image, *, compress: bool) -> None:
+    """Refuses what does not go with a data file.
+
+    Raises:
+        Qcow2Error: Compression, or a raw file over a backing file.
+    """
+    path = image.storage.path
+    if compress:
+        raise Qcow2Error(f"{path} has an external data file, which has no compressed clusters: use qcow2:PATH")
+    if image.payload.raw and image.backing is not None:
+        raise Qcow2Error(
+            f"{path} has a raw data file, and a backing file that it would have to show: attach it read-only"
+        )
+
+
 class _CacheFullError(Exception):
     """There is no room for another dirty cluster now."""
 
@@ -91,8 +106,8 @@ class Writer:
         compaction: int = RATE,
     ) -> None:
         header = image.header
-        if header.incompatible & DATA_FILE:
-            raise Qcow2Error(f"{image.storage.path} has an external data file: attach it read-only")
+        if image.payload.external:
+            _check_external(image, compress=compress)
         if header.incompatible & DIRTY and chain is None:
             raise Qcow2Error(
                 f"the refcounts of {image.storage.path} are not up to date: run `qemu-img check -r all`, "
@@ -143,6 +158,10 @@ class Writer:
         self._writes = 0
         self._commit_lock = trio.Lock()
         self._start_lock = trio.Lock()
+        # Who takes holes out for a while: nobody else must put them back.
+        self._tidying = trio.Lock()
+        # Clusters that are being written to the data file: there is one place for each.
+        self._flying: set[int] = set()
         self._checkpointing: trio.Event | None = None
         self._gate: trio.Event | None = None
         self._room = trio.lowlevel.ParkingLot()
@@ -358,6 +377,12 @@ class Writer:
             # And what is cut off in front of it.
             cost += 2 * self._cluster_size
         self._space.reserve(cost)
+        if self._payload.external:
+            try:
+                self._payload.storage.allocate(cluster << self._bits, self._cluster_size)
+            except OSError:
+                self._space.release(cost)
+                raise
         entry = self._cache[cluster] = Entry(data, cost)
         if len(self._cache) > self._limit // 2:
             self._call_destagers()
@@ -393,6 +418,14 @@ class Writer:
 
     def _zero(self, cluster: int) -> None:
         """A whole cluster is zero."""
+        if self._payload.raw:
+            # The map stays: what it names has to be zero, for those who do not read it.
+            where = cluster << self._bits, self._cluster_size
+            if cluster in self._cache or cluster in self._flying or not self._payload.zero(*where):
+                self._put(cluster, 0, IoVec([bytes(self._cluster_size)]))
+            else:
+                self._unsynced = True
+            return
         if self._changes.needs_table(cluster) and self._changes.shines_through(cluster):
             self._space.reserve(3 * self._cluster_size)
             self._space.release(3 * self._cluster_size)
@@ -405,6 +438,9 @@ class Writer:
             entry = self._cache.pop(cluster, None)
             if entry is not None:
                 self._forget(cluster, entry)
+            if self._payload.external and cluster not in self._flying:
+                # Zero is what it may be from now on, also if the power fails.
+                self._payload.zero(cluster << self._bits, self._cluster_size)
         else:
             self._put(cluster, 0, IoVec([bytes(self._cluster_size)]))
 
@@ -471,7 +507,11 @@ class Writer:
 
     async def _compact(self) -> None:
         """Empties what is mostly free, and gives it back."""
-        if self._compactor is not None and await self._compactor.run():
+        if self._compactor is None:
+            return
+        async with self._tidying:
+            moved = await self._compactor.run()
+        if moved:
             await self.checkpoint()
             await self.punch()
 
@@ -512,13 +552,14 @@ class Writer:
         """Gives free space back to the file system; nobody gets it meanwhile."""
         if not self._space.freed:
             return
-        self._space.freed = False
-        found = self._space.take_large()
         with trio.CancelScope(shield=True):
-            try:
-                await trio.to_thread.run_sync(self._punch, found)
-            finally:
-                self._space.give_back(found)
+            async with self._tidying:
+                self._space.freed = False
+                found = self._space.take_large()
+                try:
+                    await trio.to_thread.run_sync(self._punch, found)
+                finally:
+                    self._space.give_back(found)
 
     def _punch(self, found: Sequence[tuple[Any, int, int]]) -> None:
         """In a thread."""
@@ -619,8 +660,7 @@ class Writer:
                 self._settle(jobs)
             finally:
                 self._promised -= worst
-                for job in jobs:
-                    job.entry.busy = False
+                self._landed(jobs)
                 self._room.unpark_all()
 
     def _destage_now(self, batch: Sequence[tuple[int, Entry]]) -> None:
@@ -634,14 +674,21 @@ class Writer:
             self._packer.give_back(placed)
             raise
         finally:
-            for job in jobs:
-                job.entry.busy = False
+            self._landed(jobs)
         self._settle(jobs)
+
+    def _landed(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.entry.busy = False
+        if self._payload.external:
+            self._flying.difference_update(job.cluster for job in jobs)
 
     def _jobs(self, batch: Sequence[tuple[int, Entry]]) -> list[Job]:
         jobs = []
         for cluster, entry in batch:
             entry.busy = True
+            if self._payload.external:
+                self._flying.add(cluster)
             jobs.append(Job(cluster, entry, entry.version, bytes(entry.data)))
         return jobs
 
@@ -654,7 +701,7 @@ class Writer:
         return max(1, most if self._all_metadata() <= room else min(most, room // (_PAGES * self._pages.size)))
 
     def _is_idle(self, cluster: int, entry: Entry) -> bool:
-        return self._cache.get(cluster) is entry and not entry.busy
+        return self._cache.get(cluster) is entry and not entry.busy and cluster not in self._flying
 
     def _cost(self, batch: Sequence[tuple[int, Entry]]) -> int:
         """Bytes of metadata that the destaging of these may dirty, at most."""
@@ -720,7 +767,7 @@ class Writer:
             self._commits += 1
             if self._unsynced:
                 self._unsynced = False
-                await self._in_thread(self._storage.fdatasync)
+                await self._in_thread(self._payload.storage.fdatasync)
             return
         await self._sync_fresh()
         # Until the record is taken nothing more may come in that it has no room for.
@@ -748,6 +795,9 @@ class Writer:
         if len(data) > log.room:
             self._fail(OSError(errno.EFBIG, f"{len(data)} bytes of changes do not fit into the log"))
             self._check()
+        if self._payload.external:
+            # What the record names, and all that was written in place before it was taken.
+            await self._in_thread(self._payload.storage.fdatasync)
         await self._in_thread(log.append, data)
         self.counters["commits"] += 1
 
@@ -760,7 +810,7 @@ class Writer:
         while self._unlogged + self._logged > limit:
             # Others write as fast.
             await self._afford(self._batch * self._worst, locked=True)
-            batch = [(cluster, entry) for cluster, entry in self._cache.items() if not entry.busy][: self._batch]
+            batch = [pair for pair in self._cache.items() if self._is_idle(*pair)][: self._batch]
             if batch:
                 self._destage_now(batch)
             else:
@@ -774,8 +824,8 @@ class Writer:
         """Makes plain clusters durable that the next record maps, and lets no more come until it is taken."""
         self._gate = trio.Event()
         try:
-            if self._changes.fresh:
-                self._changes.fresh = False
+            fresh, self._changes.fresh = self._changes.fresh, False
+            if fresh and not self._payload.external:
                 self._unsynced = False
                 await self._in_thread(self._storage.fdatasync)
         except BaseException:
@@ -1016,6 +1066,7 @@ class Writer:
                 await self.checkpoint()
             self._check()
             await self.punch()
+            await self._in_thread(self._payload.finish, self._image.size)
             end = self._space.trim(*self._image.log_range)
             await self._in_thread(renounce, self._image, self._session, end)
             self._log = None
