@@ -7,8 +7,8 @@ The guest runs in emulation, fifteen to twenty times slower than the machine: on
 tcmu-runner has no handler for plain files; its `qcow` handler serves a raw image with `pread` and `pwrite` in C
 threads, and that is what is measured. All files are on the guest's tmpfs, or with `--disk` on ext4 on a virtual disk.
 
-With `--tunables` it is one disk of ours, once as it comes and once with each option of `tcmu-rs attach` that changes
-what the kernel gives it.
+With `--tunables` it is one disk of ours, once as it comes and once with each option of `tcmu-rs attach` that may make
+it faster or slower.
 
 Needs the lab (`python -m tests.lab install`); tcmu-runner is downloaded from Debian and unpacked beside its kernel.
 """
@@ -48,9 +48,18 @@ TUNABLES = (
     ("--data-area-mb", "8"),
     ("--data-pages-per-block", "16"),
     ("--ring-mb", "1"),
+    ("--busy-poll", "200"),
 )
 RIVAL = "tcmu-runner"
 KERNEL = "LIO fileio"
+# By the rival, consumer and pattern: how many times as fast it is to be, at least.
+TARGETS: dict[str, dict[str, dict[str, float]]] = {
+    RIVAL: {
+        "file:": {"rr qd1": 1.25, "rr qd32": 1.5, "rw qd32": 1.5, "read 256K": 1.2, "write 256K": 1.2},
+        "async def": {"rr qd1": 1.1, "rr qd32": 1.4, "rw qd32": 1.4, "read 256K": 1.0, "write 256K": 1.0},
+    },
+    KERNEL: {"file:": {"rr qd32": 0.9, "rw qd32": 0.9}},
+}
 CORE = Path("/sys/kernel/config/target/core")
 
 
@@ -183,16 +192,20 @@ def tcmu_runner(root: Path, file: Path) -> Iterator[str]:
         bus.wait()
 
 
-def fio(device: str, pattern: str, length: int, depth: int, seconds: float) -> float:
-    """Commands per second."""
+def fio(device: str, seconds: float) -> dict[str, float]:
+    """Commands per second of each pattern, one after the other, by one fio: it starts as slowly as it runs."""
     command = [
-        "fio", "--name=x", f"--filename={device}", "--direct=1", "--ioengine=libaio", f"--rw={pattern}",
-        f"--bs={length}", f"--iodepth={depth}", f"--size={SIZE}", "--time_based", f"--runtime={seconds}",
-        "--ramp_time=0.5", "--norandommap", "--randrepeat=1", "--output-format=json",
+        "fio", f"--filename={device}", "--direct=1", "--ioengine=libaio", f"--size={SIZE}", "--time_based",
+        f"--runtime={seconds}", "--ramp_time=0.3", "--norandommap", "--randrepeat=1", "--output-format=json",
     ]  # fmt: skip
+    for name, (pattern, length, depth) in PATTERNS.items():
+        command += [f"--name={name}", "--stonewall", f"--rw={pattern}", f"--bs={length}", f"--iodepth={depth}"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    job = json.loads(output[output.index("{") :])["jobs"][0]
-    return float(job["read" if pattern == "randread" else "write"]["iops"])
+    jobs = {job["jobname"]: job for job in json.loads(output[output.index("{") :])["jobs"]}
+    return {
+        name: float(jobs[name]["read" if pattern == "randread" else "write"]["iops"])
+        for name, (pattern, *_) in PATTERNS.items()
+    }
 
 
 def guest(arguments: argparse.Namespace) -> None:
@@ -231,8 +244,7 @@ def guest(arguments: argparse.Namespace) -> None:
         for number in range(arguments.rounds):
             # In turn, and the other way round every other time: what drifts, drifts for all.
             for name in list(devices)[:: -1 if number % 2 else 1]:
-                for pattern, (kind, length, depth) in PATTERNS.items():
-                    rate = fio(str(devices[name]), kind, length, depth, arguments.seconds)
+                for pattern, rate in fio(str(devices[name]), arguments.seconds).items():
                     line = json.dumps({"consumer": name, "pattern": pattern, "round": number, "rate": rate})
                     print(f"figure {line}", flush=True)
 
@@ -265,17 +277,17 @@ def main() -> None:
     parser.add_argument("--disk", action="store_true", help="files on ext4 on a virtual disk, not on tmpfs")
     parser.add_argument("--tunables", action="store_true", help="one disk of ours, with options of attach")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=None, help="of each run (4; quick: 1.5)")
+    parser.add_argument("--seconds", type=float, default=None, help="of each run (1.5; quick: 0.7)")
     parser.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tcmu-runner", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.seconds = arguments.seconds or (1.5 if arguments.quick else 4)
+    arguments.seconds = arguments.seconds or (0.7 if arguments.quick else 1.5)
     if arguments.guest:
         guest(arguments)
         return
     from tests.lab.machine import run
 
-    from .report import publish, stated, table
+    from .report import against, bars, publish, stated, table
 
     job = [sys.executable, "-m", "bench.lab", "--guest", "--tcmu-runner", str(fetch_tcmu_runner())]
     job += ["--rounds", str(arguments.rounds), "--seconds", str(arguments.seconds)]
@@ -304,9 +316,15 @@ def main() -> None:
             figures.setdefault(figure["consumer"], {}).setdefault(figure["pattern"], []).append(figure["rate"])
     rows: list[list[object]] = [[name, *(_spread(rates[p]) for p in PATTERNS)] for name, rates in figures.items()]
     text = [conditions, "### Commands per second: median (lowest-highest)", table(["consumer", *PATTERNS], rows)]
+    medians = {name: [statistics.median(rates[p]) for p in PATTERNS] for name, rates in figures.items()}
+    name = "lab-tunables" if arguments.tunables else "lab-disk" if arguments.disk else "lab"
+    text.append(bars(name, "Commands per second", list(PATTERNS), medians, y_label="commands/s"))
     for other in (RIVAL, KERNEL, "as it comes"):
         if other in figures and len(figures) > 1:
-            rows = [[name, *(_ratio(rates[p], figures[other][p]) for p in PATTERNS)] for name, rates in figures.items()]
+            rows = [
+                [name, *(against(_ratio(rates[p], figures[other][p]), _target(other, name, p)) for p in PATTERNS)]
+                for name, rates in figures.items()
+            ]
             text += [f"### Against {other}: median of the ratios, round by round", table(["consumer", *PATTERNS], rows)]
     which = " --tunables" * arguments.tunables + " --disk" * arguments.disk
     publish(f"bench.lab{which}", "\n\n".join(text), write=arguments.write)
@@ -314,6 +332,10 @@ def main() -> None:
 
 def _spread(rates: list[float]) -> str:
     return f"{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f})"
+
+
+def _target(other: str, name: str, pattern: str) -> float | None:
+    return TARGETS.get(other, {}).get(name, {}).get(pattern)
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""What a command costs in each layer, in nanoseconds: `python -m bench.micro [--rounds N] [--json]`.
+"""What a command costs in each layer, in nanoseconds: `python -m bench.micro [--rounds N] [--json] [--write]`.
 
 Everything runs on the simulator, in one process and (but for `@blocking`) one thread. The simulator's own share is in
 every figure of a served command; it has rows of its own and can be taken off. Answers are checked in every round,
@@ -25,6 +25,7 @@ from tcmu_rs import _native
 from tcmu_rs._runtime import Device, serve_ring, unit_for
 
 from .conditions import conditions
+from .report import publish, stated, table
 
 BLOCK = 4096
 BLOCKS = 256
@@ -172,7 +173,8 @@ def layers(rounds: int) -> list[Row]:
         kernel.unplug()
 
     def drain() -> list[_native.Command]:
-        return [command for command in ring.drain(BATCH) if isinstance(command, _native.Command)]
+        commands, _ = ring.drain(BATCH)
+        return commands
 
     def finish(count: int = BATCH) -> list[Completion]:
         done = kernel.process()
@@ -216,7 +218,7 @@ def layers(rounds: int) -> list[Row]:
         def measure(watch: Stopwatch) -> None:
             submit([cdb] * BATCH, b"", data_in)
             with watch:
-                rest = ring.drain(BATCH)
+                rest, _ = ring.drain(BATCH)
                 ring.commit()
             assert not rest
             finish()
@@ -226,10 +228,9 @@ def layers(rounds: int) -> list[Row]:
     def decode(watch: Stopwatch) -> None:
         submit(READS[:BATCH], b"", BLOCK)
         with watch:
-            commands = ring.drain(BATCH)
-        served = [command for command in commands if isinstance(command, _native.Command)]
-        fill(served)
-        complete(served)
+            commands, _ = ring.drain(BATCH)
+        fill(commands)
+        complete(commands)
         check(finish())
 
     def each(what: Callable[[_native.Command], object]) -> Callable[[Stopwatch], None]:
@@ -432,38 +433,43 @@ async def measure(rounds: int) -> list[Row]:
     return rows
 
 
-def table(rows: list[Row]) -> str:
-    lines = [
-        "| what | unit | median | lowest | highest | CPU |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+def described(rows: list[Row]) -> str:
+    """A table of all figures."""
+    cells: list[list[object]] = [
+        [
+            row.name,
+            row.unit,
+            *map(round, (row.median, row.lowest, row.highest)),
+            "" if row.cpu is None else round(row.cpu),
+        ]
+        for row in rows
     ]
-    for item in rows:
-        cpu = "" if item.cpu is None else f"{item.cpu:,.0f}"
-        figures = " | ".join(f"{value:,.0f}" for value in (item.median, item.lowest, item.highest))
-        lines.append(f"| {item.name} | {item.unit} | {figures} | {cpu} |")
-    return "\n".join(lines)
+    return table(["what", "unit", "median", "lowest", "highest", "CPU"], cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each measurement (9)")
     parser.add_argument("--json", action="store_true", help="figures and conditions as JSON")
+    parser.add_argument("--write", action="store_true", help="put the figures into bench/RESULTS.md")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("at least one round")
-    stated = conditions()
     with ExitStack() as stack:
         # The collector would run in somebody's share; what is garbage is counted, and there is none in cycles here.
         gc.disable()
         stack.callback(gc.enable)
         rows = trio.run(measure, arguments.rounds)
     if arguments.json:
-        print(json.dumps({"conditions": stated, "rows": [asdict(item) for item in rows]}, indent=1))
+        print(json.dumps({"conditions": conditions(), "rows": [asdict(item) for item in rows]}, indent=1))
         return
-    for name, value in stated.items():
-        print(f"- {name}: {value}")
-    print(f"- rounds: {arguments.rounds}\n")
-    print(table(rows))
+    note = (
+        "Per command, or per device. A served command includes the simulator's share; the rows of the simulator tell "
+        "how much that is. At depth 1 both sides of the ring wake up in one event loop for each command, which is most "
+        "of the figure."
+    )
+    text = [note, stated(rounds=arguments.rounds), described(rows)]
+    publish("bench.micro", "\n\n".join(text), write=arguments.write)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from .conditions import conditions
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 PLOTS = HERE / "plots"
+NO_PLOT = "(No plot: `pip install --group bench` has matplotlib.)"
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -18,6 +19,13 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     align = ["---"] + ["---:"] * (len(heading) - 1)
     lines = [heading, align, *rows]
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def against(value: float, target: float | None) -> str:
+    """A figure beside what it was to be, at least; a miss stands out."""
+    if target is None:
+        return f"{value:.2f}"
+    return f"{value:.2f} (≥ {target:g})" if value >= target else f"**{value:.2f}** (missed: ≥ {target:g})"
 
 
 def _cell(value: object) -> str:
@@ -40,7 +48,7 @@ def plot(
     try:
         import matplotlib
     except ImportError:
-        return "(No plot: `pip install --group bench` has matplotlib.)"
+        return NO_PLOT
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -55,6 +63,29 @@ def plot(
     else:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+    axes.legend()
+    PLOTS.mkdir(exist_ok=True)
+    figure.savefig(PLOTS / f"{name}.png", dpi=110)
+    pyplot.close(figure)
+    return f"![{title}](plots/{name}.png)"
+
+
+def bars(name: str, title: str, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, y_label: str) -> str:
+    """Draws groups of bars into `plots/NAME.png`; returns the text that shows it."""
+    try:
+        import matplotlib
+    except ImportError:
+        return NO_PLOT
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    width = 0.8 / len(series)
+    for number, (label, values) in enumerate(series.items()):
+        axes.bar([group + number * width for group in range(len(groups))], list(values), width, label=label)
+    axes.set(title=title, ylabel=y_label)
+    axes.set_xticks([group + 0.4 - width / 2 for group in range(len(groups))], list(groups))
+    axes.grid(alpha=0.3, axis="y")
     axes.legend()
     PLOTS.mkdir(exist_ok=True)
     figure.savefig(PLOTS / f"{name}.png", dpi=110)

@@ -120,6 +120,29 @@ async def test_what_has_begun_ends_with_the_old_one_and_what_comes_waits_for_the
     assert (old.entered, new.entered) == ([0, 1, 2, 3], [0])
 
 
+async def test_a_promise_of_the_handler_before_does_not_hold_for_the_next_one() -> None:
+    """A parked read kept the promise to fill its memory, and showed what was there before."""
+
+    class Promising(Gated):
+        fills_reads = True
+
+    class Partial(Storage):
+        def read(self, offset: int, iov: IoVec) -> None:
+            iov[0][:4] = b"part"
+
+    old = Promising()
+    async with simulated(old) as disk, trio.open_nursery() as nursery:
+        begun = disk.submit(read16(0), data_in=BLOCK)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(disk.device.replace, Partial())
+        await wait_all_tasks_blocked()
+        parked = disk.submit(read16(1), data_in=BLOCK)
+        await wait_all_tasks_blocked()
+        old.open_gate(0)
+        assert (await disk.wait(begun)).status == GOOD
+        assert (await disk.wait(parked)).data == b"part" + bytes(BLOCK - 4)
+
+
 async def test_task_management_is_heard_while_commands_are_parked() -> None:
     old, new = Gated(1), Gated(1)
     async with simulated(old) as disk, trio.open_nursery() as nursery:

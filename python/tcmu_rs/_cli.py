@@ -189,6 +189,14 @@ def _options(
 @click.option("--data-area-mb", type=int, help="Memory for the data of commands, MiB.  [default: the kernel's]")
 @click.option("--data-pages-per-block", type=int, help="Pages that this memory is taken in.  [default: 1]")
 @click.option("--ring-mb", type=int, help="Memory for commands, MiB.  [default: 8]")
+@click.option(
+    "--busy-poll",
+    type=click.IntRange(0, 10_000),
+    default=0,
+    metavar="MICROSECONDS",
+    callback=lambda _context, _option, value: value / 1e6,
+    help="Look for the next command so long before sleeping.  [default: 0]",
+)
 @click.option("--supervise", is_flag=True, help="Start the server again when it crashes.")
 @click.option("--lock-memory", is_flag=True, help="Keep the server in memory; the kernel logs a line per device.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -90,6 +90,10 @@ class Piece:
     def begin(self) -> int:
         """The verb."""
         return self.verb
+
+    def run(self, methods: object) -> Any:
+        """Needs more than a call."""
+        return NotImplemented
 
     def advance(self) -> bool:
         """Done."""

@@ -30,6 +30,7 @@ from . import _errors, _files, _native, _statistics, _watchdog
 from ._domain import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 from ._late import Overseer, Suspended
+from ._polling import Polling
 from ._slot import Face, NobodyServesError, Slot
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ _INVALID_OPCODE = _errors.Failure(_errors.CHECK_CONDITION, 0x5, 0x20, 0x00)
 
 _Coroutine = Coroutine[Any, Any, Any]
 _Call = Callable[["_native.Command"], "_Coroutine | None"]
+_Begun = tuple[_Coroutine, Any] | BaseException | None
+"""How far a command is: a coroutine that has suspended, and what it waits for; what was raised; or not begun."""
 
 
 @types.coroutine
@@ -124,6 +127,7 @@ class Device:
         before_stop: Callable[[], None] | None,
         naa: bytes,
         copy_domain: CopyDomain | None,
+        busy_poll: float,
     ) -> None:
         self.name = name
         self._slot = slot
@@ -137,6 +141,7 @@ class Device:
         self.size = handler.size
         self.block_size = handler.block_size
         self._ring = ring
+        self._polling = Polling(ring, busy_poll) if busy_poll > 0 else None
         self._strict = strict
         self._grace = grace
         self._free_kept = free_kept
@@ -149,6 +154,7 @@ class Device:
         self._max_in_flight = handler.max_in_flight
         self._names: dict[int | None, str]
         self._calls: dict[int | None, _Call] = self._find_calls()
+        self._methods = self._find_methods()
         self._pending: deque[_native.Command] = deque()
         self._idle: list[trio.lowlevel.Task] = []
         self._suspended: dict[int, Suspended] = {}
@@ -327,6 +333,7 @@ class Device:
             self._max_in_flight = handler.max_in_flight
             self._limiter = trio.CapacityLimiter(handler.max_in_flight)
             self._calls = self._find_calls()
+            self._methods = self._find_methods()
             intercept = has(handler, "scsi_command")
             self._ring.serve_another(intercept=intercept, fills_reads=getattr(handler, "fills_reads", False))
         whole = None in self._calls
@@ -376,6 +383,20 @@ class Device:
                 )
         return calls
 
+    def _find_methods(self) -> _native.Methods:
+        """What `Command.run` calls by itself."""
+        handler = self.handler
+        found: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, bool]] = {}
+        if isinstance(handler, BlockHandler):
+            for verb in (Verb.READ, Verb.WRITE):
+                name = METHODS[verb]
+                if has(handler, name) and colour_of(method := getattr(handler, name)) is not Colour.BLOCKING:
+                    durable = None
+                    if verb == Verb.WRITE and handler.native_fua:
+                        method, durable = functools.partial(method, fua=False), functools.partial(method, fua=True)
+                    found[name] = method, durable, colour_of(getattr(handler, name)) is Colour.ASYNC
+        return _native.Methods(self._refuse, **found)
+
     def _colour(
         self,
         name: str,
@@ -386,27 +407,20 @@ class Device:
     ) -> _Call:
         method: Callable[..., Any] = getattr(self.handler, name)
         colour = colour_of(method)
-        what = f"{type(self.handler).__name__}.{name}()"
 
         if colour is Colour.PLAIN:
 
             def plain(cmd: _native.Command) -> None:
                 result = method(*arguments(cmd), fua=cmd.fua) if fua else method(*arguments(cmd))
-                if isinstance(result, Awaitable):
-                    if isinstance(result, Coroutine):
-                        result.close()
-                    raise TypeError(f"{what} is a plain function that returned an awaitable: write `async def`")
-                if finish is not None:
-                    finish(cmd, result)
-                else:
+                if finish is None or isinstance(result, Awaitable):
                     self._check_result(name, result)
+                else:
+                    finish(cmd, result)
 
             return plain
 
         if colour is Colour.ASYNC and finish is None:
-            # The hot path: what the handler made is what the worker runs, with nothing around it.
-            if name == "read" or (name == "write" and not fua):
-                return lambda cmd: method(cmd.offset, cmd.iov)
+            # What the handler made is what the worker runs, with nothing around it.
             if not fua:
                 return lambda cmd: method(*arguments(cmd))
             return lambda cmd: method(*arguments(cmd), fua=cmd.fua)
@@ -430,10 +444,17 @@ class Device:
             return call()
 
     def _check_result(self, name: str, result: object) -> None:
-        if result is not None:
-            raise TypeError(
-                f"{type(self.handler).__name__}.{name}() returned {result!r}: transfers are whole, return None"
-            )
+        if result is None:
+            return
+        what = f"{type(self.handler).__name__}.{name}()"
+        if isinstance(result, Awaitable):
+            if isinstance(result, Coroutine):
+                result.close()
+            raise TypeError(f"{what} is a plain function that returned an awaitable: write `async def`")
+        raise TypeError(f"{what} returned {result!r}: transfers are whole, return None")
+
+    def _refuse(self, verb: int, result: object) -> None:
+        self._check_result(self._method(verb), result)
 
     def _reply(self, cmd: _native.Command, result: Any) -> None:
         if result is not None and not isinstance(result, int):
@@ -477,9 +498,14 @@ class Device:
     async def _work(self, scope: trio.CancelScope) -> None:
         """Runs commands and watches the ring until the scope is spent on an aborted command, or the device stops."""
         waited = False
-        while not (self._stopping or scope.cancel_called):
+        while not self._stopping:
             if self._pending and self._running < self._max_in_flight:
-                await self._run(self._pending.popleft(), scope)
+                if (begun := self._run_at_once()) is not None:
+                    await self._run(*begun, scope)
+                    # What nobody runs in is not cancelled by others.
+                    if scope.cancel_called:
+                        break
+                    del begun
                 continue
             if self._dirty:
                 # Others may finish in this pass of the loop too: one doorbell for all of them. When none can, at once.
@@ -505,26 +531,30 @@ class Device:
                 await self._resumed.wait()
             elif self._ring.pending():
                 await trio.lowlevel.checkpoint()
-            else:
+            elif self._polling is None or self._running:
+                # What handlers wait for comes by way of the event loop.
                 await trio.lowlevel.wait_readable(self._ring.fileno())
+            else:
+                await self._polling.wait()
             if self._stopping or self._resumed is not None:
                 return
             parked = self._parked
-            batch = self._ring.drain(BATCH, parked is not None)
+            commands, notices = self._ring.drain(BATCH, parked is not None)
         finally:
             self._pumping = False
         # What the emulation answered is not handed back yet, nor the space of entries that need no answer.
         self._dirty = True
         if self._waiting_pieces:
             self._grant()
-        for item in batch:
-            if isinstance(item, _native.TaskManagement):
-                self._abort(item.commands)
-            elif parked is None or item.verb is not None or item.piece is not None:
-                self._pending.append(item)
-            else:
-                parked.append(item)
-                self._oversee()
+        if parked is None:
+            self._pending.extend(commands)
+        else:
+            for cmd in commands:
+                # Those that have waited for others go on with the handler that is there.
+                (parked if cmd.verb is None and cmd.piece is None else self._pending).append(cmd)
+            self._oversee()
+        for notice in notices:
+            self._abort(notice.commands)
 
     async def _park(self) -> None:
         task = trio.lowlevel.current_task()
@@ -555,45 +585,81 @@ class Device:
             self._workers += 1
             self._nursery.start_soon(self._worker, name=f"<tcmu_rs worker of {self.name}>")
 
-    async def _run(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
+    def _run_at_once(self) -> tuple[_native.Command, _Begun] | None:
+        """Runs what waits, one command after the other, as long as a call is all that they need.
+
+        Returns the first one that needs more, and how far it is.
+        """
+        self._dirty = True
+        pending, methods = self._pending, self._methods
+        while pending:
+            cmd = pending.popleft()
+            try:
+                begun = cmd.run(methods)
+            except BaseException as error:
+                return cmd, error
+            if begun is None:
+                continue
+            if begun is NotImplemented:
+                return cmd, None
+            if isinstance(begun, tuple):
+                return cmd, begun
+            self._keep(cmd, begun)
+        if self._running == 0 and (self._stopping or self._quiet is not None):
+            self._is_idle()
+        return None
+
+    def _call(self, cmd: _native.Command, verb: int | None) -> tuple[_Coroutine, Any] | None:
+        """Calls the handler. Returns the coroutine and what it waits for, if it has suspended."""
+        coroutine = self._calls[verb](cmd)
+        if coroutine is not None:
+            try:
+                return coroutine, coroutine.send(None)
+            except StopIteration as stop:
+                self._check_result(self._method(verb), stop.value)
+        return None
+
+    async def _suspended_in(
+        self, cmd: _native.Command, verb: int | None, coroutine: _Coroutine, trap: Any, scope: trio.CancelScope
+    ) -> None:
+        """Goes on with a handler that has suspended."""
+        # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
+        cmd_id = None if cmd.answered else cmd.id
+        if cmd_id is not None:
+            self._suspended[cmd_id] = scope, cmd, self._names[verb], coroutine
+        self._call_workers()
+        try:
+            result = await _resume(coroutine, trap)
+        finally:
+            if cmd_id is not None:
+                self._not_suspended(cmd_id, cmd)
+        self._check_result(self._method(verb), result)
+
+    async def _run(self, cmd: _native.Command, begun: _Begun, scope: trio.CancelScope) -> None:
         """Runs one command to its answer, whatever happens."""
         self._running += 1
         failure: _errors.Failure | None = None
         crash: Exception | None = None
-        verb = cmd.begin()
+        verb = cmd.begin() if begun is None else cmd.verb
         steps = 0
         try:
+            if isinstance(begun, BaseException):
+                raise begun
             if cmd.answered:
                 # IMMED: the initiator does not wait for what follows.
                 self._commit()
             while True:
-                call = self._calls.get(verb)
-                if call is None:
-                    if verb is None and cmd.piece is not None:
-                        self._start_copy(cmd)
-                    else:
-                        failure = _INVALID_OPCODE
-                    break
-                coroutine = call(cmd)
-                if coroutine is not None:
-                    try:
-                        trap = coroutine.send(None)
-                    except StopIteration as stop:
-                        result = stop.value
-                    else:
-                        # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
-                        cmd_id = None if cmd.answered else cmd.id
-                        if cmd_id is not None:
-                            self._suspended[cmd_id] = scope, cmd, self._names[verb], coroutine
-                        self._call_workers()
-                        try:
-                            result = await _resume(coroutine, trap)
-                        finally:
-                            if cmd_id is not None:
-                                self._not_suspended(cmd_id, cmd)
-                    if result is not None:
-                        self._check_result(self._method(verb), result)
-                    del coroutine
+                if begun is None:
+                    if verb not in self._calls:
+                        if verb is None and cmd.piece is not None:
+                            self._start_copy(cmd)
+                        else:
+                            failure = _INVALID_OPCODE
+                        break
+                    begun = self._call(cmd, verb)
+                if begun is not None:
+                    await self._suspended_in(cmd, verb, *begun, scope)
+                    begun = None
                 if verb is None:
                     # Answered by now, or left to the emulation, which may want a step done, or waits for other
                     # commands and hands this one out again.
@@ -623,6 +689,7 @@ class Device:
                 raise cancelled from None
             raise
         finally:
+            del begun
             self._running -= 1
             self._dirty = True
             if failure is not None:
@@ -630,7 +697,7 @@ class Device:
             # The frames of an exception that is raised again may hold views, and do no harm: the device ends.
             if cmd.lent and crash is None:
                 self._keep(cmd, verb)
-            if (self._stopping or self._quiet is not None) and self._running == 0 and not self._copies:
+            if self._running == 0:
                 self._is_idle()
         if crash is not None:
             try:
@@ -690,11 +757,12 @@ class Device:
         return _BUG
 
     def _is_idle(self) -> None:
-        """Nothing runs: tells whom it concerns."""
-        if self._stopping:
-            self._drained.set()
-        if self._quiet is not None:
-            self._quiet.set()
+        """No handler runs: tells whom it concerns, unless there are copies still."""
+        if not self._copies:
+            if self._stopping:
+                self._drained.set()
+            if self._quiet is not None:
+                self._quiet.set()
 
     # Copies: each a task of its own, which runs no handler. Its pieces are commands of the units that they are for, so
     # that a handler is called among its own device's workers only, and not after its end.
@@ -730,7 +798,7 @@ class Device:
                     cmd.fail(*(_TIMED_OUT if self._overseer.timed_out(cmd) else _ABORTED))
             self._copies -= 1
             self._nudge()
-            if (self._stopping or self._quiet is not None) and self._running == 0 and not self._copies:
+            if self._running == 0:
                 self._is_idle()
 
     def _neighbour(self, naa: bytes) -> Device | None:
@@ -899,8 +967,8 @@ class Device:
             self._pending.clear()
             self._waiting_pieces.clear()
             for _ in range(LAST_BATCHES):
-                batch = self._ring.drain(BATCH)
-                self._turn_away([item for item in batch if isinstance(item, _native.Command)])
+                commands, _ = self._ring.drain(BATCH)
+                self._turn_away(commands)
                 if not self._ring.pending():
                     break
             self._free_released()
@@ -963,6 +1031,7 @@ async def serve_ring(
     before_stop: Callable[[], None] | None = None,
     begin: Callable[[_native.Ring, _native.LogicalUnit | None], Awaitable[None]] | None = None,
     copy_domain: CopyDomain | None = None,
+    busy_poll: float = 0.0,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves a handler that is open on a ring that is there: the kernel's or the simulator's.
@@ -982,6 +1051,7 @@ async def serve_ring(
         before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
         begin: Called before the first command is taken, for what goes on from another process.
         copy_domain: The disks that initiators may copy from and to, beside this one itself.
+        busy_poll: Seconds that the device looks for the next command before it waits, at most (`_polling`).
         task_status: Gets the `Device` once commands flow.
 
     Resource handling: the ring is closed when this returns or raises; every command has been answered by then.
@@ -1019,6 +1089,7 @@ async def serve_ring(
         before_stop=before_stop,
         naa=naa,
         copy_domain=copy_domain,
+        busy_poll=busy_poll,
     )
     if copy_domain is None or unit is None:
         with _files.USER:
@@ -1095,6 +1166,7 @@ async def serve_uio(
     deadline: float | None = None,
     before_stop: Callable[[], None] | None = None,
     copy_domain: CopyDomain | None = None,
+    busy_poll: float = 0.0,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves an open handler on a device of this machine's kernel.
@@ -1112,6 +1184,7 @@ async def serve_uio(
         deadline: As for `serve_ring`; None for five sixths of the time after which the kernel gives a command up.
         before_stop: As for `serve_ring`.
         copy_domain: As for `serve_ring`.
+        busy_poll: As for `serve_ring`.
         task_status: As for `serve_ring`.
 
     Raises:
@@ -1141,6 +1214,7 @@ async def serve_uio(
                 before_stop=before_stop,
                 begin=inherited.begin if inherited is not None else None,
                 copy_domain=copy_domain,
+                busy_poll=busy_poll,
                 task_status=task_status,
             )
 

@@ -102,6 +102,7 @@ pub struct Device {
     kept: Mutex<Vec<u16>>,
     exclusion: Exclusion<Waiter>,
     granted: Mutex<Vec<Token>>,
+    fills_reads: AtomicBool,
     wake: OnceLock<OwnedFd>,
     /// Entries that the last drain had to leave: up to which of [`Ring::seen`], and when it left them.
     left: Mutex<Option<(u64, Time)>>,
@@ -138,6 +139,7 @@ impl Device {
             kept: Mutex::default(),
             exclusion: Exclusion::default(),
             granted: Mutex::default(),
+            fills_reads: AtomicBool::new(false),
             wake: OnceLock::new(),
             left: Mutex::default(),
             counters: Counters::default(),
@@ -149,6 +151,11 @@ impl Device {
     #[must_use]
     pub fn unit(&self) -> Option<&Arc<LogicalUnit>> {
         self.unit.as_ref()
+    }
+
+    /// Whoever serves the device from now on promises to write all of the memory of a read, or does not.
+    pub fn set_fills_reads(&self, fills: bool) {
+        self.fills_reads.store(fills, Ordering::Relaxed);
     }
 
     fn event(&self) -> Result<Arc<OwnedFd>, DeviceError> {
@@ -655,6 +662,12 @@ impl Claim {
                 Ok(Some(step))
             }
         }
+    }
+
+    /// Whether whoever serves the device now has promised to write every byte of Data-In.
+    #[must_use]
+    pub fn fills_reads(&self) -> bool {
+        self.device.fills_reads.load(Ordering::Relaxed)
     }
 
     /// Whether every byte of Data-In was written.

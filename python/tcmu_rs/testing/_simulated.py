@@ -213,6 +213,7 @@ async def simulated(
     strict: bool = True,
     grace: float = GRACE,
     deadline: float = math.inf,
+    busy_poll: float = 0.0,
     ring_size: int | None = None,
     data_size: int | None = None,
     data_block_size: int | None = None,
@@ -228,6 +229,7 @@ async def simulated(
         strict: Exceptions that a handler must not raise come out of the block, as tests want it.
         grace: Seconds for commands in flight at the end.
         deadline: Seconds that a command may take.
+        busy_poll: Seconds that the device looks for the next command before it waits, at most.
         ring_size: Bytes of mailbox and ring, a multiple of 4096 (1 MiB).
         data_size: Bytes of the data area (64 MiB).
         data_block_size: Bytes of a block of the data area, a multiple of 4096 (4096).
@@ -264,6 +266,7 @@ async def simulated(
                 strict=strict,
                 grace=grace,
                 deadline=deadline,
+                busy_poll=busy_poll,
                 free_kept=disk._free_kept,
                 copy_domain=copy_domain,
                 task_status=task_status,

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 
 use crate::device::DeviceError;
 
+mod command;
 mod fileio;
 mod frames;
 mod iovec;
@@ -33,6 +34,8 @@ impl From<DeviceError> for PyErr {
 #[pymodule]
 mod _native {
     #[pymodule_export]
+    use super::command::{Command, Methods};
+    #[pymodule_export]
     use super::fileio::{FileQueue, Transfer, fallocate, fdatasync};
     #[pymodule_export]
     use super::frames::ZstdFrames;
@@ -41,7 +44,7 @@ mod _native {
     #[pymodule_export]
     use super::netlink::{DeviceEvent, NetlinkSocket, ReceivedEvents};
     #[pymodule_export]
-    use super::ring::{Command, Ring, TaskManagement};
+    use super::ring::{Ring, TaskManagement};
     #[pymodule_export]
     use super::simulator::Simulator;
     #[pymodule_export]

@@ -82,14 +82,13 @@ impl Simulator {
             .collect()
     }
 
-    /// The initiator sends many commands with one event, for benchmarks.
+    /// The initiator sends many commands with one event, for benchmarks: their CDBs of 16 bytes one behind the other.
     #[pyo3(signature = (cdbs, data_out = None, data_in = 0))]
-    fn submit_batch(&self, cdbs: Vec<[u8; 16]>, data_out: Option<&Bound<'_, PyBytes>>, data_in: usize) {
+    fn submit_batch(&self, cdbs: &[u8], data_out: Option<&[u8]>, data_in: usize) {
         let mut kernel = self.kernel();
         kernel.plug();
-        for cdb in cdbs {
-            let data_out = data_out.map_or_else(Vec::new, |bytes| bytes.as_bytes().to_vec());
-            kernel.submit(Request { cdb: cdb.to_vec(), data_out, data_in });
+        for cdb in cdbs.chunks(16) {
+            kernel.send(cdb, data_out.unwrap_or_default(), data_in);
         }
         kernel.unplug();
     }
@@ -98,13 +97,17 @@ impl Simulator {
     ///
     /// Raises RuntimeError if one of them is not GOOD.
     fn process_batch(&self) -> PyResult<usize> {
-        let finished = self.kernel().process();
-        match finished.iter().find(|done| done.status != 0) {
-            Some(bad) => {
-                Err(PyRuntimeError::new_err(format!("status {:#x}, sense {:02x?}", bad.status, bad.sense)))
-            }
-            None => Ok(finished.len()),
+        let mut kernel = self.kernel();
+        let finished = kernel.process();
+        if let Some(bad) = finished.iter().find(|done| done.status != 0) {
+            return Err(PyRuntimeError::new_err(format!(
+                "status {:#x}, sense {:02x?}",
+                bad.status, bad.sense
+            )));
         }
+        let count = finished.len();
+        kernel.recycle(finished);
+        Ok(count)
     }
 
     /// Holds events back until `unplug`.

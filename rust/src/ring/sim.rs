@@ -10,7 +10,7 @@
 //! called), and the checks of the target core before the ring (reservations, ALUA, unit attentions).
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BinaryHeap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,6 +25,10 @@ use super::{Buffer, Extent};
 use crate::abi::{self, CmdRequest, CmdResponse, EntryHeader, Mailbox, TmrEntry};
 use crate::mapping::{Mapping, OutOfBounds};
 use crate::scsi::DataBuffer;
+
+mod blocks;
+
+use blocks::{Blocks, Taken};
 
 /// Fills Data-In before the consumer sees it.
 const POISON: [u8; 8] = *b"\xa5STALE!\x5a";
@@ -102,7 +106,7 @@ struct Outstanding {
     data: Buffer,
     bidi_in: Option<Buffer>,
     reads: bool,
-    blocks: Vec<usize>,
+    blocks: Taken,
     expired: bool,
     kept: bool,
 }
@@ -136,15 +140,17 @@ pub struct Kernel {
     head: u32,
     last_cleaned: u32,
     placed: VecDeque<Placed>,
-    commands: BTreeMap<u16, Outstanding>,
+    /// By id.
+    commands: Vec<Option<Outstanding>>,
     free_ids: BinaryHeap<Reverse<u16>>,
     next_id: u32,
-    used: Vec<bool>,
-    threshold: usize,
+    blocks: Blocks,
     waiting: VecDeque<Waiting>,
     waiting_tmrs: VecDeque<(u8, Vec<u16>)>,
     next_ticket: u64,
     finished: Vec<Completion>,
+    /// Of initiators that are done with theirs.
+    buffers: Vec<Vec<u8>>,
     violations: Vec<String>,
     events: u32,
     plugged: bool,
@@ -187,15 +193,15 @@ impl Kernel {
             head: 0,
             last_cleaned: 0,
             placed: VecDeque::new(),
-            commands: BTreeMap::new(),
+            commands: Vec::new(),
             free_ids: BinaryHeap::new(),
             next_id: 1,
-            used: vec![false; blocks],
-            threshold: 0,
+            blocks: Blocks::new(blocks),
             waiting: VecDeque::new(),
             waiting_tmrs: VecDeque::new(),
             next_ticket: 0,
             finished: Vec::new(),
+            buffers: Vec::new(),
             violations: Vec::new(),
             events: 0,
             plugged: false,
@@ -248,20 +254,29 @@ impl Kernel {
     /// Commands on the ring or waiting for it.
     #[must_use]
     pub fn outstanding(&self) -> usize {
-        self.commands.values().filter(|command| !command.kept && !command.expired).count()
+        self.commands.iter().flatten().filter(|command| !command.kept && !command.expired).count()
             + self.waiting.len()
     }
 
     /// The command that has this id now, if one has.
     #[must_use]
     pub fn ticket(&self, id: u16) -> Option<Ticket> {
-        self.commands.get(&id).map(|command| command.ticket)
+        self.command(id).map(|command| command.ticket)
     }
 
     /// Buffers that were kept with `TCMU_UFLAG_KEEP_BUF` and not freed.
     #[must_use]
     pub fn kept(&self) -> Vec<u16> {
-        self.commands.iter().filter(|(_, command)| command.kept).map(|(&id, _)| id).collect()
+        self.ids(|command| command.kept).collect()
+    }
+
+    fn command(&self, id: u16) -> Option<&Outstanding> {
+        self.commands.get(usize::from(id))?.as_ref()
+    }
+
+    fn ids(&self, which: impl Fn(&Outstanding) -> bool) -> impl Iterator<Item = u16> {
+        let chosen = move |command: &Option<Outstanding>| command.as_ref().is_some_and(&which);
+        std::iter::zip(0.., &self.commands).filter(move |(_, command)| chosen(command)).map(|(id, _)| id)
     }
 
     /// Whether the kernel gave the ring up (`TCMU_DEV_BIT_BROKEN`).
@@ -271,30 +286,45 @@ impl Kernel {
     }
 
     /// The initiator sends a command.
-    pub fn submit(&mut self, mut request: Request) -> Ticket {
+    pub fn submit(&mut self, request: Request) -> Ticket {
+        self.send(&request.cdb, &request.data_out, request.data_in)
+    }
+
+    /// The same, of what belongs to somebody else: the CDB, Data-Out, and bytes of Data-In.
+    pub fn send(&mut self, cdb: &[u8], data_out: &[u8], data_in: usize) -> Ticket {
         let ticket = Ticket(self.next_ticket);
         self.next_ticket += 1;
-        let opcode = request.cdb.first().copied().unwrap_or(0);
-        request.cdb.resize(request.cdb.len().max(8), 0);
-        let size = abi::cdb_size(opcode, request.cdb[7]);
-        request.cdb.resize(size, 0);
+        let mut whole: SmallVec<[u8; 32]> = SmallVec::from_slice(cdb);
+        whole.resize(cdb.len().max(8), 0);
+        let size = abi::cdb_size(whole[0], whole[7]);
+        whole.resize(size, 0);
+        let cdb = &whole[..];
+        let wait = || Waiting {
+            ticket,
+            request: Request { cdb: cdb.to_vec(), data_out: data_out.to_vec(), data_in },
+        };
         if size > abi::MAX_CDB_SIZE {
             // The target core refuses it (`target_cmd_init_cdb`).
-            self.finish(ticket, 0x02, &INVALID_FIELD, Vec::new(), request.data_in);
+            self.finish(ticket, 0x02, &INVALID_FIELD, Vec::new(), data_in);
         } else if self.blocked {
-            self.finish(ticket, 0x08, &[], Vec::new(), request.data_in);
+            self.finish(ticket, 0x08, &[], Vec::new(), data_in);
         } else if self.broken {
-            self.finish(ticket, 0x02, &COMMUNICATION_FAILURE, Vec::new(), request.data_in);
+            self.finish(ticket, 0x02, &COMMUNICATION_FAILURE, Vec::new(), data_in);
         } else if !self.waiting.is_empty() {
-            self.waiting.push_back(Waiting { ticket, request });
+            self.waiting.push_back(wait());
         } else {
-            match self.place(ticket, &request) {
+            match self.place(ticket, cdb, data_out, data_in) {
                 Ok(()) => self.notify(),
-                Err(Refusal::Full) => self.waiting.push_back(Waiting { ticket, request }),
-                Err(Refusal::Never) => self.finish(ticket, 0x02, &INVALID_FIELD, Vec::new(), request.data_in),
+                Err(Refusal::Full) => self.waiting.push_back(wait()),
+                Err(Refusal::Never) => self.finish(ticket, 0x02, &INVALID_FIELD, Vec::new(), data_in),
             }
         }
         ticket
+    }
+
+    /// The initiator is done with what [`Kernel::process`] returned: its memory is used again.
+    pub fn recycle(&mut self, completions: Vec<Completion>) {
+        self.buffers.extend(completions.into_iter().map(|done| done.data_in).filter(|data| !data.is_empty()));
     }
 
     /// Task management: names commands that are being aborted (`tcmu_tmr_notify`). Tickets that are not on the ring
@@ -304,8 +334,8 @@ impl Kernel {
             return;
         }
         let on_ring = |command: &Outstanding| tickets.contains(&command.ticket) && !command.kept;
-        let ids: Vec<u16> =
-            self.commands.iter().filter(|(_, command)| on_ring(command)).map(|(&id, _)| id).rev().collect();
+        let mut ids: Vec<u16> = self.ids(on_ring).collect();
+        ids.reverse();
         self.waiting_tmrs.push_back((kind, ids));
         self.place_tmrs();
     }
@@ -325,7 +355,8 @@ impl Kernel {
     pub fn expire(&mut self, ticket: Ticket) {
         if let Some(command) = self
             .commands
-            .values_mut()
+            .iter_mut()
+            .flatten()
             .find(|command| command.ticket == ticket && !command.kept && !command.expired)
         {
             command.expired = true;
@@ -347,13 +378,13 @@ impl Kernel {
 
     /// `action/reset_ring` with 1: everything outstanding gets BUSY, the ring is empty afterwards.
     pub fn reset_ring(&mut self) {
-        for (_, command) in std::mem::take(&mut self.commands) {
+        for command in std::mem::take(&mut self.commands).into_iter().flatten() {
             if !command.expired && !command.kept {
                 let room = if command.reads { command.data.len() } else { 0 };
                 self.finish(command.ticket, 0x08, &[], Vec::new(), room);
             }
         }
-        self.used.fill(false);
+        self.blocks.free_all();
         self.free_ids.clear();
         self.next_id = 1;
         self.placed.clear();
@@ -369,10 +400,10 @@ impl Kernel {
 
     /// `action/free_kept_buf`. Returns whether there was such a buffer.
     pub fn free_kept(&mut self, id: u16) -> bool {
-        if !self.commands.get(&id).is_some_and(|command| command.kept) {
+        if !self.command(id).is_some_and(|command| command.kept) {
             return false;
         }
-        if let Some(command) = self.commands.remove(&id) {
+        if let Some(command) = self.commands[usize::from(id)].take() {
             self.free(id, &command);
         }
         self.run_waiting();
@@ -453,10 +484,14 @@ impl Kernel {
         let uflags = self.mapping.read_u8(base + offset_of!(EntryHeader, uflags))?;
         let status = self.mapping.read_u8(base + offset_of!(CmdResponse, scsi_status))?;
         let read_len = self.mapping.read_u32(base + offset_of!(CmdResponse, read_len))? as usize;
-        let mut sense = vec![0u8; abi::SENSE_BUFFER_SIZE];
+        // The kernel looks at it with CHECK CONDITION only.
+        let mut sense = vec![0u8; if status == 0x02 { abi::SENSE_BUFFER_SIZE } else { 0 }];
         self.mapping.read(base + offset_of!(CmdResponse, sense_buffer), &mut sense)?;
 
-        let Some(command) = self.commands.get_mut(&id).filter(|command| !command.kept) else {
+        let index = usize::from(id);
+        let Some(command) =
+            self.commands.get_mut(index).and_then(Option::as_mut).filter(|command| !command.kept)
+        else {
             self.violations.push(format!("cmd_id {id} was completed but is not outstanding"));
             return Ok(false);
         };
@@ -474,6 +509,7 @@ impl Kernel {
         let room = input.map_or(0, DataBuffer::len);
         let mut data_in = Vec::new();
         if let Some(input) = input {
+            data_in = self.buffers.pop().unwrap_or_default();
             let told = uflags & abi::UFLAG_READ_LEN != 0 && read_len > 0 && command.bidi_in.is_none();
             let length = match status {
                 _ if uflags & abi::UFLAG_UNKNOWN_OP != 0 => 0,
@@ -494,7 +530,7 @@ impl Kernel {
         if !matches!(status, 0x00 | 0x02) {
             data_in.clear();
         }
-        if !kept && let Some(command) = self.commands.remove(&id) {
+        if !kept && let Some(command) = self.commands[index].take() {
             self.free(id, &command);
         }
         if !expired {
@@ -510,9 +546,7 @@ impl Kernel {
     }
 
     fn free(&mut self, id: u16, command: &Outstanding) {
-        for &block in &command.blocks {
-            self.used[block] = false;
-        }
+        self.blocks.free(&command.blocks);
         if self.config.checks {
             let buffers = std::iter::once(&command.data).chain(&command.bidi_in);
             for piece in buffers.flat_map(|buffer| buffer.pieces(0..usize::MAX)) {
@@ -542,7 +576,7 @@ impl Kernel {
     fn run_waiting(&mut self) {
         let mut placed = false;
         while let Some(Waiting { ticket, request }) = self.waiting.pop_front() {
-            match self.place(ticket, &request) {
+            match self.place(ticket, &request.cdb, &request.data_out, request.data_in) {
                 Ok(()) => placed = true,
                 Err(Refusal::Never) => self.finish(ticket, 0x02, &INVALID_FIELD, Vec::new(), request.data_in),
                 Err(Refusal::Full) => {
@@ -578,26 +612,26 @@ impl Kernel {
     }
 
     /// `queue_cmd_ring()`.
-    fn place(&mut self, ticket: Ticket, request: &Request) -> Result<(), Refusal> {
-        let bidi = !request.data_out.is_empty() && request.data_in > 0;
-        let reads = request.data_out.is_empty();
-        let main = if reads { request.data_in } else { request.data_out.len() };
+    fn place(&mut self, ticket: Ticket, cdb: &[u8], data_out: &[u8], data_in: usize) -> Result<(), Refusal> {
+        let bidi = !data_out.is_empty() && data_in > 0;
+        let reads = data_out.is_empty();
+        let main = if reads { data_in } else { data_out.len() };
         let block_size = self.config.block_size;
         let blocks_of = |bytes: usize| bytes.div_ceil(block_size);
-        let bidi_in = if bidi { request.data_in } else { 0 };
+        let bidi_in = if bidi { data_in } else { 0 };
         let needed = blocks_of(main) + blocks_of(bidi_in);
-        if needed > self.used.len() {
+        if needed > self.blocks.count() {
             return Err(Refusal::Never);
         }
-        let blocks = self.take_blocks(needed).ok_or(Refusal::Full)?;
+        let blocks = self.blocks.take(needed).ok_or(Refusal::Full)?;
         let (main_blocks, bidi_blocks) = blocks.split_at(blocks_of(main));
         let data = self.extents(main_blocks, main);
         let bidi_data = self.extents(bidi_blocks, bidi_in);
-        let vectors: Vec<Extent> = data.iter().chain(&bidi_data).copied().collect();
+        let vectors: SmallVec<[Extent; 4]> = data.iter().chain(&bidi_data).copied().collect();
 
         let iov = std::mem::offset_of!(CmdRequest, iov);
         let base_size = (iov + vectors.len() * size_of::<abi::IoVec>()).max(size_of::<CmdResponse>());
-        let length = base_size + request.cdb.len().next_multiple_of(abi::OP_ALIGN);
+        let length = base_size + cdb.len().next_multiple_of(abi::OP_ALIGN);
         let id = self.peek_id();
         let poison = self.config.checks;
         let result = match id {
@@ -613,10 +647,10 @@ impl Kernel {
                     mapping.write_u64(at, vector.offset as u64)?;
                     mapping.write_u64(at + 8, vector.length as u64)?;
                 }
-                mapping.write(base + base_size, &request.cdb)?;
+                mapping.write(base + base_size, cdb)?;
                 let mut done = 0;
                 for extent in data.iter().filter(|_| !reads) {
-                    mapping.write(extent.offset, &request.data_out[done..done + extent.length])?;
+                    mapping.write(extent.offset, &data_out[done..done + extent.length])?;
                     done += extent.length;
                 }
                 let input = if reads { &data } else { &bidi_data };
@@ -633,9 +667,7 @@ impl Kernel {
             }),
         };
         let (Some(id), Ok(())) = (id, &result) else {
-            for block in blocks {
-                self.used[block] = false;
-            }
+            self.blocks.free(&blocks);
             return result;
         };
         self.take_id(id);
@@ -643,7 +675,11 @@ impl Kernel {
         let bidi_in = if bidi { Some(buffer(bidi_data)?) } else { None };
         let data = buffer(data)?;
         let command = Outstanding { ticket, data, bidi_in, reads, blocks, expired: false, kept: false };
-        self.commands.insert(id, command);
+        let index = usize::from(id);
+        if self.commands.len() <= index {
+            self.commands.resize_with(index + 1, || None);
+        }
+        self.commands[index] = Some(command);
         Ok(())
     }
 
@@ -699,23 +735,6 @@ impl Kernel {
         } else {
             self.next_id += 1;
         }
-    }
-
-    /// The lowest free blocks; the part of the area in use grows by what this command asks for.
-    fn take_blocks(&mut self, needed: usize) -> Option<Vec<usize>> {
-        let free = |kernel: &Self| kernel.used[..kernel.threshold].iter().filter(|used| !**used).count();
-        if needed > 0 && free(self) < needed {
-            self.threshold = (self.threshold + needed).min(self.used.len());
-            if free(self) < needed {
-                return None;
-            }
-        }
-        let blocks: Vec<usize> =
-            (0..self.threshold).filter(|&block| !self.used[block]).take(needed).collect();
-        for &block in &blocks {
-            self.used[block] = true;
-        }
-        Some(blocks)
     }
 
     /// Adjacent blocks are one iovec; the last block is used in part.

@@ -1,0 +1,360 @@
+//! A command, for the runtime in `tcmu_rs._runtime`.
+
+#![allow(unsafe_code)]
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::iterator::PySendResult;
+use pyo3::types::{PyByteArray, PyBytes, PyIterator};
+use pyo3::{PyTraverseError, PyVisit};
+
+use super::iovec::IoVec;
+use crate::device::{Claim, Started};
+use crate::scsi::sense::{Sense, SenseKey};
+use crate::scsi::{BlockState, DataBuffer, MediumExtent, Reply, Status, Step, StepBuffer, StepResult, Verb};
+use crate::statistics::Asked;
+
+/// How a handler's method is called for one verb.
+struct Method {
+    callable: Py<PyAny>,
+    /// The same with `fua=True`, if the method takes it.
+    durable: Option<Py<PyAny>>,
+    /// Whether it is an `async def`.
+    suspends: bool,
+}
+
+/// The methods of a handler that [`Command::run`] calls by itself: those for reads and writes that run in the event loop.
+#[pyclass(frozen, module = "tcmu_rs._native")]
+pub struct Methods {
+    read: Option<Method>,
+    write: Option<Method>,
+    /// Raises what is to be said of a result other than None: called with the verb and the result.
+    refuse: Py<PyAny>,
+}
+
+type Given = (Py<PyAny>, Option<Py<PyAny>>, bool);
+
+#[pymethods]
+impl Methods {
+    /// Each method is given as what is called with offset and `IoVec`, the same for a write that has to be durable, and
+    /// whether it is an `async def`.
+    #[new]
+    #[pyo3(signature = (refuse, *, read = None, write = None))]
+    fn new(refuse: Py<PyAny>, read: Option<Given>, write: Option<Given>) -> Self {
+        let method = |(callable, durable, suspends)| Method { callable, durable, suspends };
+        Self { read: read.map(method), write: write.map(method), refuse }
+    }
+
+    // A handler may hold its device, which holds this. Whoever else is in such a circle breaks it.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.refuse)?;
+        for method in [&self.read, &self.write].into_iter().flatten() {
+            visit.call(&method.callable)?;
+            visit.call(&method.durable)?;
+        }
+        Ok(())
+    }
+}
+
+impl Methods {
+    fn find(&self, verb: Verb, fua: bool) -> Option<(&Py<PyAny>, bool)> {
+        let method = match verb {
+            Verb::Read => self.read.as_ref()?,
+            Verb::Write => self.write.as_ref()?,
+            _ => return None,
+        };
+        let callable = if fua { method.durable.as_ref()? } else { &method.callable };
+        Some((callable, method.suspends))
+    }
+}
+
+/// Runs a coroutine up to its first suspension, or its end.
+fn send<'py>(coroutine: &Bound<'py, PyAny>) -> PyResult<PySendResult<'py>> {
+    // SAFETY: `send` only calls `PyIter_Send`, which takes any object.
+    let iterator = unsafe { coroutine.cast_unchecked::<PyIterator>() };
+    iterator.send(&coroutine.py().None().into_bound(coroutine.py()))
+}
+
+/// What is to be done next for a command, and what the handler has brought of it.
+#[derive(Default)]
+struct Progress {
+    step: Option<Step>,
+    scratch: Option<Py<PyByteArray>>,
+    extents: Vec<MediumExtent>,
+}
+
+/// One command that waits for its answer. Dropped unanswered it answers ABORTED COMMAND.
+#[pyclass(frozen, module = "tcmu_rs._native")]
+pub struct Command {
+    claim: Arc<Claim>,
+    progress: Mutex<Progress>,
+}
+
+impl Command {
+    pub fn new(py: Python<'_>, claim: Arc<Claim>, step: Option<Step>) -> PyResult<Bound<'_, Self>> {
+        Bound::new(py, Self { claim, progress: Mutex::new(Progress { step, ..Progress::default() }) })
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, step: Option<Step>) -> bool {
+        let more = step.is_some();
+        self.progress().step = step;
+        more
+    }
+
+    fn asked(&self) -> Asked {
+        self.progress().step.as_ref().map_or(Asked::Command, |step| Asked::Step(step.verb, step.length))
+    }
+
+    fn sense(key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<Sense> {
+        let key = SenseKey::from_code(key)
+            .ok_or_else(|| PyValueError::new_err(format!("no sense key {key:#x}")))?;
+        let sense = Sense::new(key, asc, ascq);
+        Ok(information.map_or(sense, |information| sense.with_information(information)))
+    }
+
+    /// The command's own memory, for a step that reads or writes.
+    fn memory(&self, verb: Verb, start: usize, length: usize) -> IoVec {
+        let data_in = verb == Verb::Read;
+        if data_in && self.claim.fills_reads() {
+            self.claim.set_filled();
+        }
+        IoVec::of_command(self.claim.clone(), data_in, start, length)
+    }
+
+    /// The step succeeded: see `advance`.
+    fn done(&self, py: Python<'_>) -> PyResult<bool> {
+        let unwritten = || Err(PyRuntimeError::new_err("read() returned without filling its IoVec"));
+        let mut progress = self.progress();
+        let asked = progress.step.as_ref().map_or(Asked::Command, |step| Asked::Step(step.verb, step.length));
+        let result = match &progress.step {
+            Some(Step { verb: Verb::Read, buffer: StepBuffer::Command(_), length: 1.., .. })
+                if !self.claim.is_filled() =>
+            {
+                return unwritten();
+            }
+            Some(Step { buffer: StepBuffer::Scratch, .. }) => match progress.scratch.take() {
+                Some(scratch) => StepResult::Bytes(scratch.bind(py).to_vec()),
+                None => return unwritten(),
+            },
+            Some(Step { verb: Verb::Extents, .. }) => {
+                StepResult::Extents(std::mem::take(&mut progress.extents))
+            }
+            _ => StepResult::None,
+        };
+        progress.step = self.claim.returned(asked, false, || self.claim.advance(result))?;
+        Ok(progress.step.is_some())
+    }
+}
+
+#[pymethods]
+impl Command {
+    /// Its id on the ring: unique among those that are not answered.
+    #[getter]
+    fn id(&self) -> u16 {
+        self.claim.id().0
+    }
+
+    /// The command descriptor block.
+    #[getter]
+    fn cdb<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.claim.cdb())
+    }
+
+    /// Does the present step, if it is a read or write and the handler's method for it runs in the event loop.
+    ///
+    /// Returns None: the command is over. A verb: it is over, and left views of its data. NotImplemented: it needs more
+    /// than that, from its present step on. Else the coroutine, which has suspended, and what it waits for.
+    ///
+    /// Raises what the handler raises; the command is not answered then.
+    #[pyo3(signature = (methods, /))]
+    fn run<'py>(&self, py: Python<'py>, methods: &Methods) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let otherwise = || Ok(Some(py.NotImplemented().into_bound(py)));
+        let (verb, offset, length, start, fua) = match self.progress().step {
+            Some(Step { verb, offset, length, buffer: StepBuffer::Command(start), fua, unit: None }) => {
+                (verb, offset.0, length, start, fua)
+            }
+            _ => return otherwise(),
+        };
+        let Some((callable, suspends)) = methods.find(verb, fua) else { return otherwise() };
+        self.claim.begin();
+        let memory = self.memory(verb, start, usize::try_from(length)?);
+        let mut result = callable.bind(py).call1((offset, memory))?;
+        if suspends {
+            match send(&result)? {
+                PySendResult::Next(trap) => return Ok(Some((result, trap).into_pyobject(py)?.into_any())),
+                // The frame goes, and what it holds, before the answer.
+                PySendResult::Return(value) => result = value,
+            }
+        }
+        if !result.is_none() {
+            methods.refuse.bind(py).call1((verb as u8, result))?;
+        } else if self.done(py)? {
+            return otherwise();
+        }
+        if self.claim.outlived_by() == 0 {
+            return Ok(None);
+        }
+        Ok(Some((verb as u8).into_pyobject(py)?.into_any()))
+    }
+
+    /// What the handler is asked for: the number of a verb, or None.
+    #[getter]
+    fn verb(&self) -> Option<u8> {
+        self.progress().step.as_ref().filter(|step| step.unit.is_none()).map(|step| step.verb as u8)
+    }
+
+    /// Of a copy what is to be done next, by the unit with this NAA designator: that, and the number of a verb.
+    #[getter]
+    fn piece<'py>(&self, py: Python<'py>) -> Option<(Bound<'py, PyBytes>, u8)> {
+        let progress = self.progress();
+        let step = progress.step.as_ref()?;
+        Some((PyBytes::new(py, step.unit.as_ref()?), step.verb as u8))
+    }
+
+    /// The handler is called now: for this verb, or for all of the command if it is None.
+    fn begin(&self) -> Option<u8> {
+        self.claim.begin();
+        self.verb()
+    }
+
+    /// Nanoseconds since the command was fetched.
+    #[getter]
+    fn age(&self) -> u64 {
+        self.claim.age()
+    }
+
+    /// Where, in bytes.
+    #[getter]
+    fn offset(&self) -> u64 {
+        self.progress().step.as_ref().map_or(0, |step| step.offset.0)
+    }
+
+    /// How much, in bytes.
+    #[getter]
+    fn length(&self) -> u64 {
+        self.progress().step.as_ref().map_or(0, |step| step.length)
+    }
+
+    /// Whether the write has to be durable when it returns.
+    #[getter]
+    fn fua(&self) -> bool {
+        self.progress().step.as_ref().is_some_and(|step| step.fua)
+    }
+
+    /// The step's memory.
+    #[getter]
+    fn iov(&self, py: Python<'_>) -> PyResult<IoVec> {
+        let (verb, length, buffer) = match &self.progress().step {
+            Some(step) => (step.verb, step.length, step.buffer.clone()),
+            None => return Err(PyRuntimeError::new_err("the command has no step")),
+        };
+        let length = usize::try_from(length)?;
+        match buffer {
+            StepBuffer::Command(start) => Ok(self.memory(verb, start, length)),
+            StepBuffer::Owned(bytes) => IoVec::of_object(PyBytes::new(py, &bytes).as_any()),
+            StepBuffer::Scratch => {
+                let scratch = PyByteArray::new_with(py, length, |bytes| {
+                    bytes.fill(0);
+                    Ok(())
+                })?;
+                self.progress().scratch = Some(scratch.clone().unbind());
+                IoVec::of_object(scratch.as_any())
+            }
+            StepBuffer::None => IoVec::of_object(PyBytes::new(py, b"").as_any()),
+        }
+    }
+
+    /// All of the main buffer, as data that the initiator sent.
+    #[getter]
+    fn data_out(&self) -> IoVec {
+        IoVec::of_command(self.claim.clone(), false, 0, self.claim.data().len())
+    }
+
+    /// All of the buffer for data that the initiator wants.
+    #[getter]
+    fn data_in(&self) -> IoVec {
+        IoVec::of_command(self.claim.clone(), true, 0, self.claim.data_in().len())
+    }
+
+    /// Lets the emulation look at an intercepted command. True: there is a step. False: it is answered, or has to wait for
+    /// others, and comes out of the ring again when it can begin.
+    fn emulate(&self) -> PyResult<bool> {
+        Ok(self.set(match self.claim.start()? {
+            Started::Step(step) => Some(step),
+            Started::Waiting | Started::Answered => None,
+        }))
+    }
+
+    /// The command is aborted. True: that is answered, and it goes on all the same (SANITIZE); False: it is to end.
+    fn detach(&self) -> PyResult<bool> {
+        Ok(self.claim.detach()?)
+    }
+
+    /// The step succeeded. True: there is another one, even if the command is answered by now (IMMED); False: there is
+    /// no more to do.
+    ///
+    /// Raises RuntimeError, and answers nothing, if a read left Data-In unwritten.
+    fn advance(&self, py: Python<'_>) -> PyResult<bool> {
+        self.done(py)
+    }
+
+    /// What the handler answered to the verb for extents: lengths in bytes, and states with the codes of GET LBA
+    /// STATUS.
+    #[pyo3(signature = (extents, /))]
+    fn set_extents(&self, extents: Vec<(u64, u8)>) -> PyResult<()> {
+        let known = |(length, state)| {
+            let state = BlockState::from_code(state)
+                .ok_or_else(|| PyValueError::new_err(format!("no state of an extent: {state}")))?;
+            Ok(MediumExtent { length, state })
+        };
+        self.progress().extents = extents.into_iter().map(known).collect::<PyResult<_>>()?;
+        Ok(())
+    }
+
+    /// Answers with a status and, for CHECK CONDITION, sense data. Harmless if there was an answer.
+    #[pyo3(signature = (status, key = 0, asc = 0, ascq = 0, information = None))]
+    fn fail(&self, status: u8, key: u8, asc: u8, ascq: u8, information: Option<u64>) -> PyResult<()> {
+        let status = Status::from_code(status)
+            .ok_or_else(|| PyValueError::new_err(format!("no status {status:#x}")))?;
+        let reply = match status {
+            Status::CheckCondition => Reply::check(Self::sense(key, asc, ascq, information)?),
+            status => Reply::status(status),
+        };
+        let failed = status != Status::Good;
+        self.claim.returned(self.asked(), failed, || self.claim.fail(reply))?;
+        self.set(None);
+        Ok(())
+    }
+
+    /// Answers GOOD with `data_in` valid bytes of Data-In (by default all, if any of them was written).
+    #[pyo3(signature = (data_in = None))]
+    fn succeed(&self, data_in: Option<usize>) -> PyResult<()> {
+        let whole = if self.claim.is_filled() { self.claim.data_in().len() } else { 0 };
+        // Bytes that are said to be valid and were never written: zeroes, and not what the memory held before.
+        if data_in > Some(0) {
+            self.claim.zero_unless_filled();
+        }
+        self.claim
+            .returned(self.asked(), false, || self.claim.answer(Reply::good(data_in.unwrap_or(whole))))?;
+        self.set(None);
+        Ok(())
+    }
+
+    /// Whether there is an answer.
+    #[getter]
+    fn answered(&self) -> bool {
+        self.claim.is_answered()
+    }
+
+    /// Views that were left when the command was answered: memory that cannot be used again yet.
+    #[getter]
+    fn lent(&self) -> usize {
+        self.claim.outlived_by()
+    }
+}
