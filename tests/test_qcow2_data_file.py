@@ -6,21 +6,26 @@ import errno
 import random
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import trio
 
-from tcmu_rs import IoVec, Options
+from tcmu_rs import BlockHandler, IoVec, Options
 from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, Storage, ZstdHandler
 from tcmu_rs.handlers.qcow2.payload import Payload
+from tcmu_rs.testing.crash import Image, LostWrite, Medium, check_power_cuts
 
+from . import qcow2
 from .conftest import Log
 from .test_qcow2 import check, contents, qemu, random_writes, raw, work
 
 MIB = 1 << 20
+SIZE = 256 << 10
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
 
@@ -204,3 +209,126 @@ async def test_no_space_for_data_is_known_before_a_write_is_taken(tmp_path: Path
         await disk.flush()
     check(path)
     assert raw(path)[:4096] == b"here" * 1024
+
+
+class InPart(qcow2.RecordedStorage):
+    """A file that is a part of a medium, behind the data."""
+
+    base = SIZE
+
+    @property
+    def size(self) -> int:
+        return max(0, self.medium.size - self.base)
+
+    def preadv(self, offset: int, views: Sequence[Any], *, wait: bool = True) -> int:
+        return super().preadv(self.base + offset, views, wait=wait)
+
+    def pread(self, offset: int, length: int, *, wait: bool = True) -> bytes:
+        return super().pread(self.base + offset, length, wait=wait)
+
+    def pwrite(self, offset: int, views: Sequence[Any]) -> None:
+        super().pwrite(self.base + offset, views)
+
+    def truncate(self, size: int) -> None:
+        self.medium.truncate(self.base + size)
+
+    def punch(self, offset: int, length: int) -> bool:
+        return super().punch(self.base + offset, length)
+
+
+class DataPart(InPart):
+    """The data: what is written arrives now, or only when this file is synced; syncing the other one does nothing."""
+
+    base = 0
+
+    def __init__(self, medium: Medium, path: Path, rng: random.Random) -> None:
+        super().__init__(medium, path)
+        self._rng = rng
+        self._late: list[tuple[int, bytes]] = []
+        self._turn = threading.Lock()
+
+    @property
+    def size(self) -> int:
+        return SIZE
+
+    def preadv(self, offset: int, views: Sequence[Any], *, wait: bool = True) -> int:
+        with self._turn:
+            done = 0
+            for view in views:
+                with memoryview(view).cast("B") as target:
+                    target[:] = self._now(offset + done, len(target))
+                    done += len(target)
+            return done
+
+    def _now(self, offset: int, length: int) -> bytes:
+        found = bytearray(self.medium.pread(length, offset))
+        for at, data in self._late:
+            start, stop = max(at, offset), min(at + len(data), offset + length)
+            if start < stop:
+                found[start - offset : stop - offset] = data[start - at : stop - at]
+        return bytes(found)
+
+    def pwrite(self, offset: int, views: Sequence[Any]) -> None:
+        with self._turn:
+            self._late.append((offset, b"".join(bytes(view) for view in views)))
+            if self._rng.random() < 0.3:
+                self._arrive()
+
+    def punch(self, offset: int, length: int) -> bool:
+        self.pwrite(offset, [bytes(length)])
+        return True
+
+    def truncate(self, size: int) -> None:
+        assert size == SIZE
+
+    def _arrive(self) -> None:
+        for offset, data in self._late:
+            self.medium.pwrite(data, offset)
+        self._late.clear()
+
+    def fdatasync(self) -> None:
+        with self._turn:
+            self._arrive()
+        self.medium.fdatasync()
+
+
+@pytest.mark.parametrize("raw_file", [False, True])
+async def test_power_cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw_file: bool) -> None:
+    path = tmp_path / "image"
+    options = "data_file=data,cluster_size=4k" + (",data_file_raw=on" if raw_file else "")
+    monkeypatch.chdir(tmp_path)
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, SIZE)
+    image = Image(SIZE)
+    image.write(SIZE, path.read_bytes())
+    rng = random.Random(5)
+
+    @contextmanager
+    def serve(medium: Medium) -> Iterator[BlockHandler]:
+        with TemporaryDirectory() as directory:
+            (Path(directory) / "image").touch()
+
+            def storage(name: Path, *, writable: bool) -> Storage:
+                return InPart(medium, name) if name.name == "image" else DataPart(medium, name, rng)
+
+            sizes: dict[str, Any] = {"log_size": 192 << 10, "cache_size": 64 << 10}
+            yield Qcow2Handler(Path(directory) / "image", storage=storage, idle=0.002, **sizes)
+
+    def judge(image: Image) -> None:
+        with TemporaryDirectory() as directory:
+            (Path(directory) / "data").write_bytes(image.read(0, SIZE))
+            # QEMU takes a relative name of a data file as one in its own directory.
+            monkeypatch.chdir(directory)
+            closed = Path(directory, "image")
+            closed.write_bytes(image.read(SIZE, image.size - SIZE))
+            check(closed)
+            if raw_file:
+                assert raw(closed) == image.read(0, SIZE)
+            monkeypatch.chdir(tmp_path)
+
+    await check_power_cuts(serve, image, lives=3, cuts=8, operations=70, spared={SIZE // 512}, judge=judge)
+
+
+async def test_power_cuts_find_a_sync_that_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DataPart, "fdatasync", lambda self: None)
+    with pytest.raises(LostWrite):
+        await test_power_cuts(tmp_path, monkeypatch, False)
