@@ -120,6 +120,8 @@ class Compactor:
             table = tables.table(index)
             if index % 64 == 0:
                 await trio.lowlevel.checkpoint()
+                if self._is_busy():
+                    return False
             for at in range(0, 1 << self._bits if table else 0, self._pages.size):
                 page = await self._page((table + at) // self._pages.size)
                 first = (index << tables.l2_bits) + at // self._pages.size * per_page
