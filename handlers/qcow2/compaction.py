@@ -117,11 +117,12 @@ class Compactor:
         step = 2 if tables.extended else 1
         per_page = self._pages.size // 8 // step
         for index in range(tables.l1_entries):
-            table = tables.table(index)
             if index % 64 == 0:
                 await trio.lowlevel.checkpoint()
+                await self._page((tables.l1_offset + index * 8) // self._pages.size)
                 if self._is_busy():
                     return False
+            table = tables.table(index)
             for at in range(0, 1 << self._bits if table else 0, self._pages.size):
                 page = await self._page((table + at) // self._pages.size)
                 first = (index << tables.l2_bits) + at // self._pages.size * per_page
