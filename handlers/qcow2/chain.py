@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,7 @@ def open_image(
     storage: StorageFactory = Storage,
     keys: KeyProvider | None = None,
     locked: bool = False,
+    unlocked: Mapping[str, Cipher] | None = None,
     chain: tuple[tuple[int, int], ...] = (),
 ) -> Image:
     """Opens an image and what is below it. Blocks.
@@ -83,6 +84,7 @@ def open_image(
         storage: Opens files.
         keys: Gives the passphrase of each image that is encrypted.
         locked: Without `keys`, open an encrypted image all the same: its map is there, its data is not.
+        unlocked: Ciphers that are known already, by path.
         chain: Device and inode of the images above.
 
     Raises:
@@ -106,7 +108,9 @@ def open_image(
             if header.data_file is None:
                 raise Qcow2Error(f"{path} does not say what its data file is")
             data = storage(_resolve(path, header.data_file, root, "data file"), writable=writable)
-        cipher = _cipher(file, header, keys, locked=locked, writable=writable)
+        cipher = (unlocked or {}).get(str(file.path))
+        if cipher is None:
+            cipher = _cipher(file, header, keys, locked=locked, writable=writable)
         payload = Payload(data or file, cipher, external=data is not None, raw=header.raw_data_file)
         pages = Pages(file, header.cluster_size)
         chain_of_log = None
@@ -122,7 +126,9 @@ def open_image(
             tables = Tables(pages, header, l1_offset=found.l1_offset, l1_entries=found.l1_entries)
             size = found.disk_size
         if header.backing is not None:
-            below = functools.partial(open_image, writable=False, root=root, storage=storage, keys=keys, locked=locked)
+            below = functools.partial(
+                open_image, writable=False, root=root, storage=storage, keys=keys, locked=locked, unlocked=unlocked
+            )
             backing = _open_backing(path, header, root, storage, below, chain)
         image = Image(file, header, pages, tables=tables, size=size, backing=backing, payload=payload)
         if snapshot is None and not isinstance(cipher, Locked):
@@ -170,6 +176,8 @@ def _replay(
     pieces: dict[int, list[tuple[int, bytes]]] = {}
     for record in chain.records:
         for number, mask, words in record.pages:
+            if number * pages.size >> 56:
+                raise Qcow2Error(f"{file.path}: a record of the log is not of this image")
             pages.put(number, mask, words)
         for cluster in record.settled:
             pieces.pop(cluster, None)
@@ -179,6 +187,8 @@ def _replay(
                 raise Qcow2Error(f"{file.path}: a record of the log is not of this image")
             pieces.setdefault(offset >> header.cluster_bits, []).append((within, data))
     header = parse(pages.read(0, header.cluster_size))
+    if any(cluster << header.cluster_bits >= header.size for cluster in pieces):
+        raise Qcow2Error(f"{file.path}: a record of the log is not of this image")
     before = file.pread(header.log.offset + SAVED_SECTOR, SECTOR) if header.log else b""
     if before[:7] != MAGIC + bytes(3) or before[7] not in (2, 3):
         raise Qcow2Error(f"{file.path}: the log of the image is damaged: it does not have the header")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from tcmu_rs.handlers.luks.keys import KeyProvider
     from tcmu_rs.handlers.luks.volume import NewContainer
+
+    from .payload import Cipher
 
 _PATIENCE = 64
 """How often a read is tried again after what it lacked was brought into memory."""
@@ -107,6 +109,7 @@ class Qcow2Handler(BlockHandler):
         self._snapshot = snapshot
         self._backing_root = backing_root
         self._key_provider = key_provider
+        self._unlocked: dict[str, Cipher] = {}
         self._wanted_size = size
         self._storage = storage
         self._writing: dict[str, Any] = {
@@ -338,6 +341,7 @@ class Qcow2Handler(BlockHandler):
                 root=self._backing_root,
                 storage=self._storage,
                 keys=self._key_provider,
+                unlocked=self._unlocked,
             )
         )
         writer = None
@@ -361,6 +365,8 @@ class Qcow2Handler(BlockHandler):
             image.close()
             raise
         self.size = image.size
+        # Not encrypted ones: opening them again may ask a person, while initiators wait.
+        self.can_set_size = not self.read_only and not image.is_encrypted
         self.physical_block_size = max(self.block_size, min(4096, image.header.cluster_size))
         self.discard_granularity = image.header.cluster_size
         self._image, self._writer = image, writer
@@ -373,6 +379,26 @@ class Qcow2Handler(BlockHandler):
                 "too: slower, and without checksums. Make one of zstd (tcmu-rs create, then copy), or attach "
                 f"qcow2:{self.path} with -o compression=on"
             )
+
+    async def set_size(self, size: int) -> None:
+        """Changes the map while the image is closed, for its log goes with its size."""
+        await self._while_closed(functools.partial(offline.resize, self.path, size, shrink=True))
+
+    async def _while_closed(self, change: Callable[..., Awaitable[None]]) -> None:
+        """Closes the image, calls something that opens it itself, and opens it again."""
+        assert self._image is not None
+        self._unlocked = self._image.ciphers()
+        await self.aclose()
+        try:
+            await change(root=self._backing_root, storage=self._storage, unlocked=self._unlocked)
+        finally:
+            wanted, self._wanted_size = self._wanted_size, None
+            try:
+                await self.open()
+            finally:
+                self._unlocked = {}
+            if wanted is not None:
+                self._wanted_size = self.size
 
     async def aclose(self) -> None:
         """Writes everything back, takes the log out of the image, and closes all files.

@@ -14,7 +14,7 @@ from .codecs import Codec, Place, damage
 from .header import DATA_FILE, Header
 from .log import Chain
 from .pages import Cold, Pages
-from .payload import Payload, read_plain
+from .payload import Cipher, Payload, read_plain
 from .storage import Buffer, Storage
 from .tables import COMPRESSED, SUBCLUSTERS, ZERO, Tables
 
@@ -161,6 +161,13 @@ class Image:
         """Whether this image, or one below it, is encrypted."""
         below = self.backing
         return self.payload.cipher is not None or (isinstance(below, Image) and below.is_encrypted)
+
+    def ciphers(self) -> dict[str, Cipher]:
+        """Those of this image and of the ones below it, by path."""
+        found = self.backing.ciphers() if isinstance(self.backing, Image) else {}
+        if self.payload.cipher is not None:
+            found[str(self.storage.path)] = self.payload.cipher
+        return found
 
     def close(self) -> None:
         """Closes all files."""
