@@ -286,15 +286,7 @@ class Qcow2Handler(BlockHandler):
     @classmethod
     async def snapshot(cls, config: str, options: Options, *, action: str, name: str) -> None:
         """Makes (`create`), takes back (`apply`) or deletes a snapshot, as `qemu-img snapshot` does."""
-        changes = {
-            "create": Branching.create_snapshot,
-            "apply": Branching.apply_snapshot,
-            "delete": Branching.delete_snapshot,
-        }
-        if action not in changes:
-            raise ValueError(f"{action!r} is nothing to do with snapshots: create, apply and delete are")
-        change = functools.partial(_call, changes[action], name)
-        await offline.change_map(config, change, **cls._where(config, options))
+        await offline.change_map(config, _change(action, name), **cls._where(config, options))
 
     @classmethod
     def _where(cls, config: str, options: Options) -> dict[str, Any]:
@@ -366,7 +358,7 @@ class Qcow2Handler(BlockHandler):
             raise
         self.size = image.size
         # Not encrypted ones: opening them again may ask a person, while initiators wait.
-        self.can_set_size = not self.read_only and not image.is_encrypted
+        self.can_set_size = self.can_change_snapshots = not self.read_only
         self.physical_block_size = max(self.block_size, min(4096, image.header.cluster_size))
         self.discard_granularity = image.header.cluster_size
         self._image, self._writer = image, writer
@@ -383,6 +375,10 @@ class Qcow2Handler(BlockHandler):
     async def set_size(self, size: int) -> None:
         """Changes the map while the image is closed, for its log goes with its size."""
         await self._while_closed(functools.partial(offline.resize, self.path, size, shrink=True))
+
+    async def change_snapshots(self, action: str, name: str) -> None:
+        """Makes or deletes a snapshot while the image is closed: all of the map is in one record of the log."""
+        await self._while_closed(functools.partial(offline.change_map, self.path, _change(action, name)))
 
     async def _while_closed(self, change: Callable[..., Awaitable[None]]) -> None:
         """Closes the image, calls something that opens it itself, and opens it again."""
@@ -495,8 +491,16 @@ class ZstdHandler(Qcow2Handler):
         super().__init__(path, compress=compress, **arguments)
 
 
-def _call(method: Callable[[Branching, str], None], name: str, branching: Branching) -> None:
-    method(branching, name)
+def _change(action: str, name: str) -> Callable[[Branching], None]:
+    """What is done with a snapshot."""
+    changes = {
+        "create": Branching.create_snapshot,
+        "apply": Branching.apply_snapshot,
+        "delete": Branching.delete_snapshot,
+    }
+    if action not in changes:
+        raise ValueError(f"{action!r} is nothing to do with snapshots: create, apply and delete are")
+    return lambda branching: changes[action](branching, name)
 
 
 def _switch(extra: dict[str, str], name: str, default: bool) -> bool:

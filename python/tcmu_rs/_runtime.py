@@ -340,6 +340,35 @@ class Device:
                 with trio.CancelScope(shield=True):
                     await self._set_size(size)
 
+    async def change_snapshots(self, action: str, name: str, *, within: float = GRACE) -> None:
+        """Keeps the state of the disk, or forgets one that was kept, while the disk stays in service.
+
+        Commands that have begun end first; those that come wait. So the state is of one moment, with everything that
+        was answered: to whoever has written to the disk it is as after a power cut.
+
+        Args:
+            action: `create` or `delete`.
+            name: Of the state.
+            within: Seconds for what has begun to end.
+
+        Raises:
+            TypeError: The handler has no `change_snapshots`.
+            ValueError: It is another action. To go back to a state would change the disk under its users.
+            TooSlowError: Commands did not end in time.
+            BusyResourceError: A replacement, a change of the size or an upgrade is under way.
+            DeviceError: The device ended meanwhile.
+            Exception: What `change_snapshots` raised.
+        """
+        if action not in ("create", "delete"):
+            raise ValueError(f"{action} would change {self.name} under those who use it: detach it first")
+        if not has(self.handler, "change_snapshots"):
+            raise TypeError(f"{type(self.handler).__name__} has no snapshots in service: detach {self.name} first")
+        async with self._parking():
+            with trio.fail_after(within):
+                await self._quiesce()
+            with trio.CancelScope(shield=True):
+                await self._invoke("change_snapshots", action, name)
+
     async def _set_size(self, size: int) -> None:
         handler = self.handler
         if size < self.size:
@@ -1200,6 +1229,8 @@ def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
     `statistics`: the key `devices` of the answer has a record for each device, or, with a key `name` in the request,
     for that device alone, if it is served here.
 
+    `snapshot`: does `action` with the state `snapshot` of the device `name`: `create` or `delete`.
+
     `resize`: changes the size of the device `name` to `size` bytes, to a smaller one if `shrink`. The answer has its
     `size` then, and that `before`.
     """
@@ -1225,7 +1256,15 @@ def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
         await device.resize(size, shrink=shrink is True)
         return {"size": device.size, "before": before}
 
-    return {"statistics": statistics, "resize": resize}
+    async def snapshot(request: _control.Message, channel: _control.Channel) -> dict[str, Any]:
+        name, action, snapshot = (str(request.body.get(key)) for key in ("name", "action", "snapshot"))
+        device = next((device for device in devices() if device.name == name), None)
+        if device is None:
+            raise ValueError(f"device {name} is not served here")
+        await device.change_snapshots(action, snapshot)
+        return {}
+
+    return {"statistics": statistics, "resize": resize, "snapshot": snapshot}
 
 
 def naa_of(serial: str) -> bytes:
