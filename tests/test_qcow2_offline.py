@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from tcmu_rs import IoVec, Options
 from tcmu_rs._cli import main
 from tcmu_rs._control import Message
-from tcmu_rs._runtime import verbs
+from tcmu_rs._service import verbs
 from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, create
 from tcmu_rs.handlers.qcow2.encryption import make_encryption
 from tcmu_rs.handlers.ram import RamHandler
