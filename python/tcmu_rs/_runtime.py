@@ -18,9 +18,9 @@ import logging
 import traceback
 import types
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import trio
 
@@ -31,9 +31,6 @@ from ._handler import Colour, Handler, Verb, colour_of, has
 from ._late import Overseer, Suspended
 from ._polling import Polling
 from ._slot import Face, NobodyServesError, Slot
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("tcmu_rs")
 
@@ -183,7 +180,18 @@ class Device:
             running=self._running,
             pending=len(self._waiting()),
             late=self._overseer.late(),
+            storage=self._storage_statistics(),
         )
+
+    def _storage_statistics(self) -> Mapping[str, float]:
+        if self._parked is not None:
+            # It may just be closed.
+            return {}
+        try:
+            return _statistics.numbers(self.handler.statistics())
+        except Exception:
+            logger.exception("%s: %s.statistics() failed", self.name, type(self.handler).__name__)
+            return {}
 
     def stop(self) -> None:
         """Asks the device to stop: no new commands, then as when its task is cancelled."""
@@ -318,6 +326,35 @@ class Device:
             if size != self.size:
                 with trio.CancelScope(shield=True):
                     await self._set_size(size)
+
+    async def change_snapshots(self, action: str, name: str, *, within: float = GRACE) -> None:
+        """Keeps the state of the disk, or forgets one that was kept, while the disk stays in service.
+
+        Commands that have begun end first; those that come wait. So the state is of one moment, with everything that
+        was answered: to whoever has written to the disk it is as after a power cut.
+
+        Args:
+            action: `create` or `delete`.
+            name: Of the state.
+            within: Seconds for what has begun to end.
+
+        Raises:
+            TypeError: The handler has no `change_snapshots`.
+            ValueError: It is another action. To go back to a state would change the disk under its users.
+            TooSlowError: Commands did not end in time.
+            BusyResourceError: A replacement, a change of the size or an upgrade is under way.
+            DeviceError: The device ended meanwhile.
+            Exception: What `change_snapshots` raised.
+        """
+        if action not in ("create", "delete"):
+            raise ValueError(f"{action} would change {self.name} under those who use it: detach it first")
+        if not has(self.handler, "change_snapshots"):
+            raise TypeError(f"{type(self.handler).__name__} has no snapshots in service: detach {self.name} first")
+        async with self._parking():
+            with trio.fail_after(within):
+                await self._quiesce()
+            with trio.CancelScope(shield=True):
+                await self._invoke("change_snapshots", action, name)
 
     async def _set_size(self, size: int) -> None:
         handler = self.handler
