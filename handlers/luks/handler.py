@@ -343,6 +343,10 @@ class LuksHandler(BlockHandler):
             staging.view[:] = bytes(len(staging.view))
         self._staging.clear()
 
+    def statistics(self) -> Mapping[str, float]:
+        """What the handler below tells."""
+        return self._lower.handler.statistics()
+
     # Data.
 
     async def read(self, offset: int, iov: IoVec) -> None:
