@@ -232,6 +232,13 @@ class Writer:
             with trio.CancelScope(shield=True):
                 await self._commit()
 
+    async def _settle_map(self) -> None:
+        """Makes the map durable, but for what only the cache has: it is no flush. What was freed can be used again."""
+        async with self._commit_lock:
+            self._check()
+            with trio.CancelScope(shield=True):
+                await self._commit(pieces=False)
+
     def _check(self) -> None:
         if self._failed is not None:
             raise OSError(
@@ -256,7 +263,7 @@ class Writer:
                     raise
                 # What was freed can be used again after a record.
                 reclaimed = True
-                await self.flush()
+                await self._settle_map()
         await self._relieve()
 
     async def _wait_for_room(self) -> None:
@@ -273,14 +280,14 @@ class Writer:
         log = self._log
         assert log is not None
         if self._changed > log.half_size // 16:
-            await self.flush()
+            await self._settle_map()
 
     @property
     def _changed(self) -> int:
         """Bytes of a record for the changes of the map, at most."""
         changes = self._changes
         named = 8 * len(changes.settled) + 16 * len(changes.extents)
-        return len(self._pages.changed) * (self._pages.size * 65 // 64 + 8) + named
+        return self._pages.weight + named
 
     async def _afford(self, worst: int, *, locked: bool = False) -> None:
         """Waits until so many bytes of metadata more can be dirty: all that is has to fit into half of the log.
@@ -407,7 +414,7 @@ class Writer:
         self._space.release(entry.cost)
         # Whoever is destaging it sees that it is not what it was.
         entry.version += 1
-        if len(self._cache) < self._limit:
+        if self._room and len(self._cache) < self._limit:
             self._room.unpark_all()
 
     # Destaging.
@@ -427,7 +434,7 @@ class Writer:
                 await self._try(self._destage, batch)
                 # What was freed is used again only after a record, and one must not become too large.
                 if len(self._changes.dropped) > self._many or self._changed > self._log_size // 32:
-                    await self._try(self.flush)
+                    await self._try(self._settle_map)
         finally:
             self._leave()
 
@@ -600,8 +607,10 @@ class Writer:
 
     def _cost(self, batch: Sequence[tuple[int, Entry]]) -> int:
         """Bytes of metadata that the destaging of these may dirty, at most."""
-        tables = {cluster >> self._image.tables.l2_bits for cluster, _ in batch if self._changes.needs_table(cluster)}
-        cost = len(batch) * _PAGES * self._pages.size + len(tables) * (self._cluster_size + self._worst // 2)
+        # One cluster of each table.
+        tables = {cluster >> self._image.tables.l2_bits: cluster for cluster, _ in batch}
+        new = sum(map(self._changes.needs_table, tables.values()))
+        cost = len(batch) * _PAGES * self._pages.size + new * (self._cluster_size + self._worst // 2)
         return min(cost, self._all_metadata())
 
     def _all_metadata(self) -> int:
@@ -653,27 +662,35 @@ class Writer:
             self._fail(error)
             raise
 
-    async def _commit(self) -> None:
-        """One record and one fdatasync; the lock is held."""
+    async def _commit(self, *, pieces: bool = True) -> None:
+        """One record and one fdatasync; the lock is held.
+
+        Args:
+            pieces: With what only the cache has.
+        """
         log = self._log
         assert log is not None
-        await self._thin_out(log.half_size // 4)
-        if not self._pending():
-            self._commits += 1
-            if self._unsynced:
-                self._unsynced = False
-                await self._in_thread(self._storage.fdatasync)
+        if pieces:
+            await self._thin_out(log.half_size // 4)
+        if not self._pending(pieces=pieces):
+            if pieces:
+                self._commits += 1
+                if self._unsynced:
+                    self._unsynced = False
+                    await self._in_thread(self._storage.fdatasync)
             return
         await self._sync_fresh()
         # Until the record is taken nothing more may come in that it has no room for.
-        while self._changed + self._unlogged * 9 // 8 + 4096 > log.room:
+        while self._changed + (self._unlogged * 9 // 8 if pieces else 0) + 4096 > log.room:
             self._open_gate()
             await self._checkpoint()
-            await self._thin_out(log.half_size // 4)
+            if pieces:
+                await self._thin_out(log.half_size // 4)
             await self._sync_fresh()
         try:
-            self._commits += 1
-            record, dropped, _ = self._take(images=False)
+            if pieces:
+                self._commits += 1
+            record, dropped, _ = self._take(images=False, pieces=pieces)
         finally:
             self._open_gate()
         await self._append(log, record)
@@ -708,9 +725,9 @@ class Writer:
             else:
                 await self._room.park()
 
-    def _pending(self) -> bool:
+    def _pending(self, *, pieces: bool = True) -> bool:
         changes = self._changes
-        return bool(self._unlogged or self._pages.changed or changes.settled or changes.dropped)
+        return bool((pieces and self._unlogged) or self._pages.changed or changes.settled or changes.dropped)
 
     async def _sync_fresh(self) -> None:
         """Makes plain clusters durable that the next record maps, and lets no more come until it is taken."""
@@ -729,16 +746,20 @@ class Writer:
         if gate is not None:
             gate.set()
 
-    def _take(self, *, images: bool) -> tuple[Record, list[tuple[int, int]], list[int]]:
-        """What changed since the last record, for this one; with `images` all that is not in the file."""
+    def _take(self, *, images: bool, pieces: bool = True) -> tuple[Record, list[tuple[int, int]], list[int]]:
+        """What changed since the last record, for this one; with `images` all that is not in the file.
+
+        With `pieces` what is in the cache alone, too; `images` have those that were in a record before.
+        """
         changes = self._changes
         record = Record(self._pages.take_changes(images=images), sorted(changes.settled))
         record.extents = [(offset, length, crc) for offset, (length, crc) in changes.extents.items()]
+        parts: list[tuple[int, Entry, int]] = []
         if images:
-            pieces = [(cluster, entry, entry.logged) for cluster, entry in self._cache.items() if entry.logged]
-        else:
-            pieces = [(cluster, entry, entry.unlogged) for cluster, entry in self._unlogged_entries.items()]
-        for cluster, entry, mask in pieces:
+            parts = [(cluster, entry, entry.logged) for cluster, entry in self._cache.items() if entry.logged]
+        elif pieces:
+            parts = [(cluster, entry, entry.unlogged) for cluster, entry in self._unlogged_entries.items()]
+        for cluster, entry, mask in parts:
             base = cluster << self._bits
             for start, length in runs(mask):
                 record.pieces.append((base + start, bytes(entry.data[start : start + length])))
@@ -746,7 +767,7 @@ class Writer:
                 self._logged += (mask & ~entry.logged).bit_count() * UNIT
                 entry.logged |= mask
                 entry.unlogged = 0
-        if not images:
+        if pieces and not images:
             self._unlogged = 0
             self._unlogged_entries.clear()
         self._unsynced = False
@@ -823,8 +844,7 @@ class Writer:
         except Exception as error:
             self._fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
         else:
-            for page in flying:
-                page.flying = False
+            self._pages.land(flying)
             for offset in metadata:
                 self._changes.pending.discard(offset)
                 self._space.free_cluster(offset)
@@ -877,7 +897,7 @@ class Writer:
     async def _begin(self) -> None:
         """The tasks in the background. They end with `close`, as the handler has no nursery to lend them."""
         tasks = [self._destager] * _DESTAGERS + ([self._keeper] if self._idle is not None else [])
-        scanner = Scanner(self._image, self._changes, self._space, self.flush)
+        scanner = Scanner(self._image, self._changes, self._space, self._settle_map)
         if self._space.end <= _SMALL:
             await scanner.scan(self._closing)
         else:
