@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .conditions import conditions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
+README = HERE.parent / "README.md"
 PLOTS = HERE / "plots"
+# Figures of matplotlib, by name: files when the section is written.
+_drawn: dict[str, Any] = {}
 NO_PLOT = "(No plot: `pip install --group bench` has matplotlib.)"
 
 
@@ -44,7 +49,7 @@ def plot(
     y_label: str,
     log_y: bool = False,
 ) -> str:
-    """Draws lines over a logarithmic axis into `plots/NAME.png`; returns the text that shows it."""
+    """Draws lines over a logarithmic axis, for `plots/NAME.png`; returns the text that shows it."""
     try:
         import matplotlib
     except ImportError:
@@ -64,14 +69,12 @@ def plot(
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    PLOTS.mkdir(exist_ok=True)
-    figure.savefig(PLOTS / f"{name}.png", dpi=110)
-    pyplot.close(figure)
+    _drawn[name] = figure
     return f"![{title}](plots/{name}.png)"
 
 
 def bars(name: str, title: str, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, y_label: str) -> str:
-    """Draws groups of bars into `plots/NAME.png`; returns the text that shows it."""
+    """Draws groups of bars, for `plots/NAME.png`; returns the text that shows it."""
     try:
         import matplotlib
     except ImportError:
@@ -87,9 +90,7 @@ def bars(name: str, title: str, groups: Sequence[str], series: Mapping[str, Sequ
     axes.set_xticks([group + 0.4 - width / 2 for group in range(len(groups))], list(groups))
     axes.grid(alpha=0.3, axis="y")
     axes.legend()
-    PLOTS.mkdir(exist_ok=True)
-    figure.savefig(PLOTS / f"{name}.png", dpi=110)
-    pyplot.close(figure)
+    _drawn[name] = figure
     return f"![{title}](plots/{name}.png)"
 
 
@@ -98,13 +99,14 @@ def stated(**more: object) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in {**conditions(), **more}.items())
 
 
-def publish(module: str, text: str, *, write: bool) -> None:
+def publish(module: str, text: str, *, write: bool, claims: Sequence[str] = ()) -> None:
     """Prints a section, and on request puts it into `RESULTS.md` in place of the one before.
 
     Args:
         module: The benchmark, by which the section is found.
         text: What is below its heading.
         write: Change the file.
+        claims: What the README says of it, wins and losses: sentences, in place of those before.
     """
     section = f"## `python -m {module}`\n\n{text}\n"
     print(section)
@@ -116,3 +118,24 @@ def publish(module: str, text: str, *, write: bool) -> None:
     if not found:
         after = before.rstrip() + "\n\n" + section
     RESULTS.write_text(after.rstrip() + "\n")
+    PLOTS.mkdir(exist_ok=True)
+    for name, figure in _drawn.items():
+        figure.savefig(PLOTS / f"{name}.png", dpi=110)
+    if claims:
+        README.write_text(claimed(README.read_text(), module, claims))
+
+
+def claimed(readme: str, module: str, claims: Sequence[str]) -> str:
+    """A README with these claims between the marks of a benchmark.
+
+    Raises:
+        ValueError: It has no such marks.
+    """
+    begin, end = f"<!-- {module} -->\n", f"<!-- end of {module} -->\n"
+    head, found, rest = readme.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"README.md has no {begin.strip()} and {end.strip()}")
+    wrap = textwrap.TextWrapper(120, initial_indent="- ", subsequent_indent="  ", break_long_words=False)
+    lines = "".join(wrap.fill(claim) + "\n" for claim in claims)
+    return head + begin + lines + end + tail

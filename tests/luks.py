@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from tcmu_rs import BlockHandler, IoVec
-from tcmu_rs.handlers.luks import luks2
+from tcmu_rs.handlers.luks import luks1, luks2
 from tcmu_rs.handlers.luks.kdf import Pbkdf2
 
 PASSPHRASE = b"correct horse battery staple"
@@ -67,11 +67,19 @@ class Memory(BlockHandler):
 
 
 def container(
-    size: int, *, sector_size: int = 4096, key_size: int = 64, passphrases: tuple[bytes, ...] = (PASSPHRASE,)
+    size: int,
+    *,
+    version: int = 2,
+    sector_size: int = 4096,
+    key_size: int = 64,
+    passphrases: tuple[bytes, ...] = (PASSPHRASE,),
 ) -> bytearray:
     """Makes a container with so many bytes of data."""
-    made = luks2.make(passphrases, CHEAP, sector_size=sector_size, key_size=key_size)
-    data = bytearray(OFFSET + size)
+    if version == 1:
+        made = luks1.make(passphrases, CHEAP, key_size=key_size)
+    else:
+        made = luks2.make(passphrases, CHEAP, sector_size=sector_size, key_size=key_size)
+    data = bytearray(made.volume.offset + size)
     for offset, piece in made.pieces:
         data[offset : offset + len(piece)] = piece
     return data

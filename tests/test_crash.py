@@ -119,8 +119,8 @@ def serve_file(medium: Medium) -> Iterator[BlockHandler]:
         yield FileHandler(path)
 
 
-def serve_luks(sector_size: int, block_size: int) -> Callable[[Medium], BlockHandler]:
-    header = bytes(luks.container(SIZE, sector_size=sector_size)[: luks.OFFSET])
+def serve_luks(version: int, sector_size: int, block_size: int) -> Callable[[Medium], BlockHandler]:
+    header = bytes(luks.container(SIZE, version=version, sector_size=sector_size)[:-SIZE])
 
     def serve(medium: Medium) -> BlockHandler:
         # The data alone is on the medium: the header is never written.
@@ -161,9 +161,22 @@ async def test_file() -> None:
     assert summary.cuts == 120 and summary.flushes > 20
 
 
-@pytest.mark.parametrize(("sector_size", "block_size"), [(4096, 4096), (4096, 512), (512, 512)])
-async def test_luks(sector_size: int, block_size: int) -> None:
-    await check_power_cuts(serve_luks(sector_size, block_size), Image(SIZE), lives=2, cuts=12, operations=60)
+@pytest.mark.parametrize(
+    ("version", "sector_size", "block_size"), [(2, 4096, 4096), (2, 4096, 512), (2, 512, 512), (1, 512, 512)]
+)
+async def test_luks(version: int, sector_size: int, block_size: int) -> None:
+    await check_power_cuts(serve_luks(version, sector_size, block_size), Image(SIZE), lives=2, cuts=12, operations=60)
+
+
+@needs_fuse
+async def test_file_around_the_page_cache() -> None:
+    @contextmanager
+    def serve(medium: Medium) -> Iterator[BlockHandler]:
+        with recorded_file(medium) as path:
+            yield FileHandler(path, direct=True)
+
+    summary = await check_power_cuts(serve, Image(SIZE), lives=2, cuts=12, operations=60)
+    assert summary.flushes > 5
 
 
 async def test_a_layer_over_another() -> None:

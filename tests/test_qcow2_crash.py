@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tcmu_rs import BlockHandler
+from tcmu_rs import BlockHandler, IoVec, Lower
+from tcmu_rs.handlers.luks import LuksHandler
 from tcmu_rs.handlers.qcow2 import Qcow2Handler
 from tcmu_rs.handlers.qcow2 import log as log_module
 from tcmu_rs.handlers.qcow2.changes import Changes
@@ -18,7 +19,7 @@ from tcmu_rs.handlers.qcow2.pages import Pages
 from tcmu_rs.handlers.qcow2.writer import Writer
 from tcmu_rs.testing.crash import LostWrite, Medium, check_power_cuts, recorded_file
 
-from . import qcow2
+from . import luks, qcow2
 from .conftest import Log
 from .test_crash import needs_fuse
 
@@ -53,6 +54,25 @@ async def test_power_cuts(kind: str, seed: int, tmp_path: Path) -> None:
         serve, image, seed=seed, lives=4, cuts=12, operations=80, garbage=garbage, spared={0}, judge=qcow2.judge
     )
     assert summary.recoveries_cut
+
+
+@pytest.mark.parametrize("kind", ["plain", "compressed"])
+async def test_luks_over_qcow2(kind: str, tmp_path: Path) -> None:
+    create, options = IMAGES[kind]
+    container = luks.container(SIZE, key_size=32)
+    medium = Medium(qcow2.make(tmp_path / "image", len(container), *create))
+    with qcow2.on_medium(medium, **options) as handler:
+        async with Lower(handler) as lower:
+            for at in range(0, len(container), 4096):
+                if any(container[at : at + 4096]):
+                    await lower.write(at, IoVec([container[at : at + 4096]]))
+
+    @contextmanager
+    def serve(medium: Medium) -> Iterator[BlockHandler]:
+        with qcow2.on_medium(medium, **SMALL, **options) as lower:
+            yield LuksHandler(lower, luks.key, block_size=512)
+
+    await check_power_cuts(serve, medium.image, lives=2, cuts=5, operations=40, judge=qcow2.judge)
 
 
 class Lies(qcow2.RecordedStorage):

@@ -20,7 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tcmu_rs import IoVec, MediumError, ScsiError
-from tcmu_rs.handlers.qcow2 import Qcow2Error
+from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler
+from tcmu_rs.handlers.qcow2.header import parse
+from tcmu_rs.handlers.qcow2.log import STATES, Record, encode
+from tcmu_rs.handlers.qcow2.offline import check_image
 from tcmu_rs.testing.crash import Change, Cut, Image, Medium
 
 from . import qcow2
@@ -188,6 +191,70 @@ def _tables(image: Image) -> set[int]:
         found.add(entry & 0xFFFFFFFFFFFE00)
     found |= set(struct.unpack(">1024Q", image.read(table, 8192)))
     return found
+
+
+FAR = (1 << 64) - (64 << 10)
+"""Behind everything that a file can have; a system call does not even take it for an offset."""
+
+
+def _far_refcounts(image: Image) -> None:
+    (table,) = struct.unpack(">Q", image.read(48, 8))
+    image.write(table + 8, struct.pack(">Q", FAR))
+
+
+def _far_log(image: Image) -> None:
+    log = parse(image.read(0, 8192)).log
+    assert log is not None
+    image.write(image.read(0, 8192).index(struct.pack(">Q", log.offset)), struct.pack(">Q", FAR))
+
+
+def _record(record: Record) -> Callable[[Image], None]:
+    def put(image: Image) -> None:
+        log = parse(image.read(0, 8192)).log
+        assert log is not None
+        states = [struct.unpack("<4sIQ16sIIQ", image.read(log.offset + at, 48)) for at in (0, 4096)]
+        _, half, seq = max((state[2], state[4], state[6]) for state in states if state[0] == b"TCWS")
+        first = log.offset + STATES + half * ((log.size - STATES) // 2 // 512 * 512)
+        assert image.read(first, 4) == b"TCWL"
+        image.write(first, encode(record, seq, log.session, 4096))
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("name", "wound", "opens"),
+    [
+        ("plain", _far_refcounts, True),
+        ("log", _far_log, False),
+        ("log", _record(Record(pages=[(FAR >> 12, 1, bytes(8))])), False),
+        ("log", _record(Record(pieces=[(1 << 50, bytes(512))])), False),
+        # As if the power had failed before the data was there.
+        ("log", _record(Record(extents=[(FAR, 4096, 0)])), True),
+        ("log", _record(Record(extents=[(0, (1 << 32) - 1, 0)])), True),
+    ],
+)
+def test_places_that_no_file_has(
+    name: str, wound: Callable[[Image], None], opens: bool, tmp_path: Path, log: Log
+) -> None:
+    image = images()[name].copy()
+    wound(image)
+    path = tmp_path / "image"
+    image.save(path)
+    handler = Qcow2Handler(path, compress=True)
+    if not opens:
+        with pytest.raises(Qcow2Error):
+            trio.run(handler.open)
+        with pytest.raises(Qcow2Error):
+            check_image(path)
+        return
+    assert name == "log" or any("refcount block 1" in problem for problem in check_image(path))
+
+    async def open_and_close() -> None:
+        async with handler:
+            await handler.flush()
+
+    trio.run(open_and_close)
+    log.records.clear()
 
 
 @pytest.mark.parametrize("offset", [36, 56, 60, 100])

@@ -33,6 +33,20 @@ STAGE = 1 << 20
 """Bytes that are encrypted at once; larger transfers are done in parts."""
 
 
+class _Stage:
+    """A private buffer of `STAGE` bytes."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(STAGE))
+        self._iov = IoVec([self.view])
+
+    def first(self, length: int) -> IoVec:
+        """Its first bytes: the same object as before, if it is as many as before."""
+        if self._iov.nbytes != length:
+            self._iov = IoVec([self.view[:length]])
+        return self._iov
+
+
 class _Busy:
     """Ranges that are being written: who wants one that overlaps waits.
 
@@ -308,11 +322,13 @@ class LuksHandler(BlockHandler):
         self.can_flush = lower.has_cache
         self.can_discard = self._allow_discards and lower.can_discard
         self.discard_granularity = max(unit, lower.handler.discard_granularity)
+        self.can_set_size = lower.can_set_size and not self.read_only
+        self._fixed_size = volume.size is not None
         self._unit = unit
         self._offset = volume.offset
         self._first = volume.iv_tweak
         self._busy = _Busy() if block_size < unit else None
-        self._staging: list[memoryview] = []
+        self._staging: list[_Stage] = []
 
     async def aclose(self) -> None:
         """Forgets the key and closes what is below."""
@@ -322,7 +338,7 @@ class LuksHandler(BlockHandler):
         # The last reference: the key is overwritten.
         del self._cipher
         for staging in self._staging:
-            staging[:] = bytes(STAGE)
+            staging.view[:] = bytes(STAGE)
         self._staging.clear()
 
     # Data.
@@ -358,13 +374,15 @@ class LuksHandler(BlockHandler):
     async def write(self, offset: int, iov: IoVec, *, fua: bool = False) -> None:
         """Encrypts into a buffer of our own and writes that."""
         if self._busy is None:
-            with self._stage() as staging:
-                length = iov.nbytes
-                for at in range(0, length, STAGE):
-                    part = iov if length <= STAGE else iov.slice(at, min(at + STAGE, length))
-                    encrypted = IoVec([staging[: part.nbytes]])
-                    self._cipher.encrypt(self._first + (offset + at) // UNIT, part, encrypted)
-                    await self._lower.write(self._offset + offset + at, encrypted, fua=fua)
+            # Not `_stage`, which costs as much as the encryption.
+            staging = self._staging.pop() if self._staging else _Stage()
+            length = iov.nbytes
+            for at in range(0, length, STAGE):
+                part = iov if length <= STAGE else iov.slice(at, min(at + STAGE, length))
+                encrypted = staging.first(part.nbytes)
+                self._cipher.encrypt(self._first + (offset + at) // UNIT, part, encrypted)
+                await self._lower.write(self._offset + offset + at, encrypted, fua=fua)
+            self._staging.append(staging)
             return
         stop = offset + iov.nbytes
         async with self._busy.hold(offset // self._unit * self._unit, -(-stop // self._unit) * self._unit):
@@ -390,6 +408,19 @@ class LuksHandler(BlockHandler):
                 self._cipher.encrypt(self._first + at // UNIT, encrypted, encrypted)
                 await self._lower.write(self._offset + at, encrypted, fua=fua)
 
+    async def set_size(self, size: int) -> None:
+        """Has what is below make room, less what is in front of the data."""
+        if self._fixed_size:
+            raise ValueError("the header says how large the container is: it is made anew to be larger")
+        if size % self._unit:
+            raise ValueError(f"{size} bytes are not whole blocks of {self._unit} bytes")
+        if self._first + size // UNIT >> 64:
+            raise ValueError(f"{size} bytes are too many for the iv_tweak of this container")
+        await self._lower.set_size(self._offset + size)
+        self.size = size
+        if self._wanted_size is not None:
+            self._wanted_size = size
+
     async def flush(self) -> None:
         """Passes down."""
         await self._lower.flush()
@@ -408,12 +439,13 @@ class LuksHandler(BlockHandler):
 
     @contextmanager
     def _stage(self) -> Iterator[memoryview]:
-        """A private buffer of `STAGE` bytes, one that was used a moment ago if there is one."""
-        staging = self._staging.pop() if self._staging else memoryview(bytearray(STAGE))
-        try:
-            yield staging
-        finally:
-            self._staging.append(staging)
+        """A private buffer, one that was used a moment ago if there is one.
+
+        After an error it is not used again: whoever gave up may have left it on its way to the storage.
+        """
+        staging = self._staging.pop() if self._staging else _Stage()
+        yield staging.view
+        self._staging.append(staging)
 
 
 def _header_of(config: str, options: Options, *, writable: bool = False) -> BlockHandler:

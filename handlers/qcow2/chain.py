@@ -168,6 +168,8 @@ def _replay(
     pieces: dict[int, list[tuple[int, bytes]]] = {}
     for record in chain.records:
         for number, mask, words in record.pages:
+            if number * pages.size >> 56:
+                raise Qcow2Error(f"{file.path}: a record of the log is not of this image")
             pages.put(number, mask, words)
         for cluster in record.settled:
             pieces.pop(cluster, None)
@@ -177,6 +179,8 @@ def _replay(
                 raise Qcow2Error(f"{file.path}: a record of the log is not of this image")
             pieces.setdefault(offset >> header.cluster_bits, []).append((within, data))
     header = parse(pages.read(0, header.cluster_size))
+    if any(cluster << header.cluster_bits >= header.size for cluster in pieces):
+        raise Qcow2Error(f"{file.path}: a record of the log is not of this image")
     before = file.pread(header.log.offset + SAVED_SECTOR, SECTOR) if header.log else b""
     if before[:7] != MAGIC + bytes(3) or before[7] not in (2, 3):
         raise Qcow2Error(f"{file.path}: the log of the image is damaged: it does not have the header")

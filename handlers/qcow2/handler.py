@@ -348,9 +348,23 @@ class Qcow2Handler(BlockHandler):
             image.close()
             raise
         self.size = image.size
+        # Not encrypted ones: opening them again may ask a person, while initiators wait.
+        self.can_set_size = not self.read_only and not image.is_encrypted
         self.physical_block_size = max(self.block_size, min(4096, image.header.cluster_size))
         self.discard_granularity = image.header.cluster_size
         self._image, self._writer = image, writer
+
+    async def set_size(self, size: int) -> None:
+        """Closes the image, changes its map, and opens it again: its log goes with its size."""
+        await self.aclose()
+        try:
+            where = {"root": self._backing_root, "storage": self._storage}
+            await offline.resize(self.path, size, shrink=True, **where)
+        finally:
+            wanted, self._wanted_size = self._wanted_size, None
+            await self.open()
+            if wanted is not None:
+                self._wanted_size = self.size
 
     async def aclose(self) -> None:
         """Writes everything back, takes the log out of the image, and closes all files.

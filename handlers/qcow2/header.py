@@ -245,7 +245,13 @@ def _check(header: Header) -> None:
         raise Qcow2Error("the bit of the write-ahead log and its header extension contradict each other")
     cluster = header.cluster_size
     log = header.log
-    if log is not None and (log.offset % SECTOR or log.size % 1024 or log.size < 32768 or log.offset < cluster):
+    if log is not None and (
+        log.offset % SECTOR
+        or log.size % 1024
+        or log.size < 32768
+        or log.offset < cluster
+        or log.offset + log.size > _MAX_SIZE
+    ):
         raise Qcow2Error(f"a log of {log.size} bytes at {log.offset} cannot be")
     if header.size > _MAX_SIZE:
         raise Qcow2Error(f"a disk of {header.size} bytes is too large")

@@ -29,6 +29,7 @@ _PIECE = struct.Struct("<QI")
 _COMPRESSED = 1
 _WORTH_COMPRESSING = 4096
 _MAX_PAGES = 512 << 20
+_AT_ONCE = 1 << 20
 
 PageChange = tuple[int, int, bytes]
 """Number of a page, mask of words, the words."""
@@ -111,7 +112,7 @@ def decode(
     )
     if (magic, found_seq, found_session) != (b"TCWL", seq, session):
         return None
-    if length % SECTOR or not SECTOR <= length <= stop - at:
+    if length % SECTOR or not SECTOR <= length <= min(stop, storage.size) - at:
         return None
     data = storage.pread(at, length)
     if len(data) < length or zlib.crc32(memoryview(data)[8:]) != crc:
@@ -325,4 +326,14 @@ def read_chain(storage: Storage, place: LogPlace, page_size: int, cipher: Cipher
 
 def _arrived(storage: Storage, record: Record) -> bool:
     """Whether the data that a record needs is in the file."""
-    return all(zlib.crc32(storage.pread(offset, length)) == crc for offset, length, crc in record.extents)
+    size = storage.size
+    return all(
+        offset + length <= size and _crc(storage, offset, length) == crc for offset, length, crc in record.extents
+    )
+
+
+def _crc(storage: Storage, offset: int, length: int) -> int:
+    crc = 0
+    for at in range(offset, offset + length, _AT_ONCE):
+        crc = zlib.crc32(storage.pread(at, min(_AT_ONCE, offset + length - at)), crc)
+    return crc

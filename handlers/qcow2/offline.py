@@ -105,7 +105,7 @@ class _Check:
             maps.append((f" of snapshot {one.id}", tables))
         for number, (what, tables) in enumerate(maps):
             self._use_range(tables.l1_offset, tables.l1_entries * 8, f"the L1 table{what}")
-            for index in range(tables.l1_entries):
+            for index in tables.indices():
                 self._check_table(tables, index, what)
                 self._tell((number + (index + 1) / tables.l1_entries) / len(maps))
         self._compare()
@@ -233,7 +233,7 @@ async def change_map(path: str | os.PathLike[str], change: Callable[[Branching],
     try:
         # All of the map may have to be in one record.
         tables = image.header.l1_entries * 8
-        for index in range(image.header.l1_entries):
+        for index in image.tables.indices():
             tables += bool(image.tables.table(index)) << image.header.cluster_bits
         snapshots = 1 + image.header.snapshots
         refcounts = (image.storage.size >> image.header.cluster_bits << image.header.refcount_order) >> 3

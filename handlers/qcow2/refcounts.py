@@ -43,7 +43,7 @@ class Refcounts:
         if index >= self._header.refcount_clusters << (self._cluster_bits - 3):
             return 0
         offset = self._pages.word(self._header.refcount_offset + index * 8) & _OFFSET
-        if offset & ((1 << self._cluster_bits) - 1):
+        if offset & ((1 << self._cluster_bits) - 1) or offset >> 56:
             raise OSError(errno.EUCLEAN, f"refcount block {index} at {offset} is not at a cluster: damaged image")
         return offset
 

@@ -48,13 +48,20 @@ class Scanner:
                 for one in read_snapshots(self._pages, header)
             ]
             for number, tables in enumerate(maps):
-                for index in range(tables.l1_entries):
+                per_page = self._pages.size >> 3
+                for first in range(0, tables.l1_entries, per_page):
                     if closing.is_set():
                         return
-                    await self._count_table(tables, index)
+                    stop = min(first + per_page, tables.l1_entries)
+                    page = await self._page((tables.l1_offset + first * 8) // self._pages.size)
+                    # A table may claim to be much larger than its file.
+                    for index in range(first, stop) if any(page.data) else ():
+                        await self._count_table(tables, index)
+                        if number == 0:
+                            self._changes.scanned = (index + 1) << tables.l2_bits
                     if number == 0:
-                        self._changes.scanned = (index + 1) << tables.l2_bits
-                    if index % 64 == 0:
+                        self._changes.scanned = stop << tables.l2_bits
+                    if first // per_page % 64 == 0:
                         await trio.lowlevel.checkpoint()
                 if number == 0:
                     self._changes.scanned = 1 << 62

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 from .header import Header
 from .pages import Pages
@@ -46,6 +47,15 @@ class Tables:
         if index >= self.l1_entries:
             return 0
         return self._pages.word(self.l1_offset + index * 8, wait=wait)
+
+    def indices(self) -> Iterator[int]:
+        """Those of the L1 table whose entries are not zero. A table may claim to be much larger than its file."""
+        per_page = self._pages.size >> 3
+        for first in range(0, self.l1_entries, per_page):
+            if any(self._pages.read(self.l1_offset + first * 8, self._pages.size)):
+                for index in range(first, min(first + per_page, self.l1_entries)):
+                    if self.l1(index):
+                        yield index
 
     def table(self, index: int, *, wait: bool = True) -> int:
         """Offset of an L2 table, 0 if there is none.

@@ -236,7 +236,8 @@ def attach(
 
     handler_name, config = spec
     options = _options(size=size, create=create, read_only=read_only, block_size=block_size, extra=extra)
-    handler = _find_class(handler_name, handler_class).from_config(config, options)
+    kind = _find_class(handler_name, handler_class)
+    handler = kind.from_config(config, options)
     leash = _supervise.Leash.inherited()
     if supervise:
         if not handler.persistent:
@@ -256,6 +257,8 @@ def attach(
         leash = _serving.supervised(leash, f"{handler_name}:{config}", hold)
     if leash is not None:
         name = leash.name or name
+        if not leash.first:
+            handler = _adoption.remade(kind, config, options, leash.name)
 
     def announce(device: _attach.AttachedDevice) -> None:
         if leash is not None:
@@ -279,6 +282,7 @@ def attach(
             handler,
             name,
             spec=f"{handler_name}:{config}",
+            options=options.extra,
             adopt=True,
             leave_on_error=supervise,
             _succession=succession,

@@ -39,13 +39,26 @@ def show_progress(done: float) -> None:
 def resize(
     spec: _Spec, handler_class: str | None, extra: _Extra, block_size: str | None, size: int, shrink: bool
 ) -> None:
-    """Change the size of the disk SPEC, which must not be served.
+    """Change the size of the disk SPEC, served or not.
+
+    A disk that is served stays in service. If it is a disk of this machine it has the new size when this returns;
+    initiators elsewhere have to look: echo 1 > /sys/block/sdX/device/rescan, or iscsiadm -m session -R. A file system
+    on it is made larger by its own tool: resize2fs, xfs_growfs. Before a disk is made smaller, what is on it has to be.
 
     \b
     Examples:
+      tcmu-rs resize file:/var/tmp/disk.img --size 20G
       tcmu-rs resize qcow2:/var/tmp/disk.qcow2 --size 20G
     """
-    trio.run(functools.partial(_method(spec, handler_class, block_size, extra, "resize"), size=size, shrink=shrink))
+    from . import _resize
+
+    handler, config = spec
+    if (device := _resize.find(handler, config)) is not None:
+        _resize.served(device, size, shrink=shrink)
+        return
+    kind = _cli._find_class(handler, handler_class)
+    options = _cli._options(size=None, create=False, read_only=False, block_size=block_size, extra=extra)
+    trio.run(functools.partial(_resize.unserved, kind, config, options, size, shrink=shrink))
 
 
 @click.group()

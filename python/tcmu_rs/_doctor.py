@@ -215,7 +215,7 @@ def _file_io(root: Path) -> Check:
         remedy = "sysctl kernel.io_uring_disabled=0"
     else:
         remedy = "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile"
-    return Check("file I/O", False, False, f"a thread for each transfer, slower than io_uring: {obstacle}", remedy)
+    return Check("file I/O", False, False, f"threads, slower than io_uring for cold reads: {obstacle}", remedy)
 
 
 def _memory(root: Path) -> Check:

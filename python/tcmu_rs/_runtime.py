@@ -13,6 +13,7 @@ cancels the scope of the command meant; the worker then enters a new one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -20,13 +21,13 @@ import os
 import traceback
 import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
-from . import _errors, _files, _native, _statistics, _watchdog
+from . import _errors, _files, _lio, _native, _statistics, _watchdog
 from ._domain import NOT_REACHABLE, CopyDomain, Piece
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
 from ._late import Overseer, Suspended
@@ -35,6 +36,7 @@ from ._slot import Face, NobodyServesError, Slot
 
 if TYPE_CHECKING:
     from . import _control
+    from ._adoption import Claim
     from ._sysfs import UioDevice
     from ._upgrade import Inherited
 
@@ -48,6 +50,8 @@ LAST_BATCHES = 16
 """Batches of new commands that a device turns away when it ends; an initiator may send them again at once."""
 GRACE = 10.0
 """Seconds that commands in flight get when a device stops."""
+_CONFIGFS_WITHIN = 5.0
+"""Seconds for the kernel to take a number."""
 KERNEL_TIME_OUT = 30
 """Seconds after which the kernel gives a command up, unless told otherwise (`TCMU_TIME_OUT`)."""
 
@@ -127,6 +131,8 @@ class Device:
         before_stop: Callable[[], None] | None,
         naa: bytes,
         copy_domain: CopyDomain | None,
+        unit: _native.LogicalUnit | None,
+        set_kernel_size: Callable[[int], None] | None,
         busy_poll: float,
     ) -> None:
         self.name = name
@@ -148,6 +154,8 @@ class Device:
         self._before_stop = before_stop
         self._naa = naa
         self._copy_domain = copy_domain
+        self._unit = unit
+        self._set_kernel_size = set_kernel_size
         self._copies = 0
         self._waiting_pieces: dict[int, Piece] = {}
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
@@ -163,6 +171,7 @@ class Device:
         self._running = 0
         self._pumping = False
         self._dirty = False
+        self._committing = False
         self._stopping = False
         self._broken = False
         self._drained = trio.Event()
@@ -208,12 +217,12 @@ class Device:
 
         Raises:
             TooSlowError: One takes longer. The device goes on.
-            BusyResourceError: Its handler is just being replaced. The device goes on.
+            BusyResourceError: Its handler is just being replaced or resized. The device goes on.
         """
         try:
             self._exchange.acquire_nowait()
         except trio.WouldBlock:
-            raise trio.BusyResourceError(f"{self.name}: its handler is just being replaced") from None
+            raise trio.BusyResourceError(f"{self.name}: its handler is just being replaced or resized") from None
         self._resumed = trio.Event()
         try:
             with trio.fail_after(within):
@@ -264,28 +273,99 @@ class Device:
             TypeError: The new handler cannot be served here.
             ValueError: It differs from what initiators were told of the disk: see `_slot.Face`. It may do more, which
                 they are told when the device is made anew.
-            BusyResourceError: Another replacement is under way.
+            BusyResourceError: Another replacement, a change of the size or an upgrade is under way.
             DeviceError: The device ended meanwhile.
             Exception: What opening the new handler raised.
         """
         if handler is self.handler:
             raise ValueError("a handler cannot replace itself")
-        try:
-            self._exchange.acquire_nowait()
-        except trio.WouldBlock:
-            raise trio.BusyResourceError(f"{self.name}: another replacement is under way") from None
-        self._parked = deque()
-        self._unparked = trio.Event()
-        try:
+        async with self._parking():
             with trio.fail_after(within):
                 await self._quiesce()
                 if has(self.handler, "flush"):
-                    await self._flush()
+                    await self._invoke("flush")
             try:
                 await self._slot.exchange(handler, self._face, within)
             except NobodyServesError as error:
                 self._fail(error)
                 raise
+
+    async def resize(self, size: int, *, shrink: bool = False, within: float = GRACE) -> None:
+        """Changes the size of the disk, which stays in service meanwhile.
+
+        Commands that have begun end first; those that come wait, and find the new size. The next of them is answered
+        with CAPACITY DATA HAS CHANGED; what an initiator does with that is its own affair (Linux: `rescan`).
+
+        A disk that grows has its storage before anybody is told; one that shrinks has told the kernel and refuses
+        what is behind the new end before its storage goes. So there is never a command for what is not there,
+        whenever this process is killed.
+
+        Args:
+            size: Bytes.
+            shrink: Permit a smaller size than now. What is behind it is lost.
+            within: Seconds for what has begun to end.
+
+        Raises:
+            TypeError: The handler has no `set_size`.
+            ValueError: It is no size of a disk of such blocks, or a smaller one without `shrink`.
+            TooSlowError: Commands did not end in time.
+            BusyResourceError: A replacement or an upgrade is under way.
+            DeviceError: The device ended meanwhile.
+            Exception: What `set_size` raised. The disk has the size then that the handler says.
+        """
+        kind = type(self.handler).__name__
+        if not has(self.handler, "set_size"):
+            raise TypeError(f"{kind} has no set_size(): {self.name} cannot be resized in service")
+        if not 0 < size < 1 << 63 or size % self.block_size:
+            raise ValueError(f"{size} is no size of a disk with blocks of {self.block_size} bytes")
+        if size < self.size and not shrink:
+            raise ValueError(
+                f"{size} bytes are less than the {self.size} of now: what is behind would be lost (--shrink)"
+            )
+        async with self._parking():
+            with trio.fail_after(within):
+                await self._quiesce()
+            if size != self.size:
+                with trio.CancelScope(shield=True):
+                    await self._set_size(size)
+
+    async def _set_size(self, size: int) -> None:
+        handler = self.handler
+        if size < self.size:
+            await self._announce_size(size)
+        try:
+            await self._invoke("set_size", size)
+            if handler.size != size:
+                raise RuntimeError(f"{type(handler).__name__}.set_size({size}) has left size at {handler.size}")
+        finally:
+            if handler.size != self.size:
+                try:
+                    await self._announce_size(handler.size)
+                except ValueError as error:
+                    self._fail(error)
+
+    async def _announce_size(self, size: int) -> None:
+        if self._set_kernel_size is not None:
+            # Given up rather than waited for: configfs stands still while the device is being removed, and that may
+            # wait for us.
+            with trio.fail_after(_CONFIGFS_WITHIN):
+                await trio.to_thread.run_sync(self._set_kernel_size, size, abandon_on_cancel=True)
+        if self._unit is not None:
+            self._unit.set_size(size)
+        self.size = size
+        self._face = dataclasses.replace(self._face, size=size)
+
+    @asynccontextmanager
+    async def _parking(self) -> AsyncIterator[None]:
+        """Keeps commands that come from the handler; after the block, whichever is there then gets them."""
+        try:
+            self._exchange.acquire_nowait()
+        except trio.WouldBlock:
+            raise trio.BusyResourceError(f"{self.name}: another change is under way") from None
+        self._parked = deque()
+        self._unparked = trio.Event()
+        try:
+            yield
         finally:
             self._resume_with(self._slot.handler)
             self._exchange.release()
@@ -306,11 +386,11 @@ class Device:
         self._commit()
         return not self._pending and self._ring.in_flight == len(self._parked or ())
 
-    async def _flush(self) -> None:
-        method: Callable[..., Any] = self.handler.flush  # type: ignore[attr-defined]
+    async def _invoke(self, name: str, *args: Any) -> None:
+        method: Callable[..., Any] = getattr(self.handler, name)
         if colour_of(method) is Colour.BLOCKING:
-            await trio.to_thread.run_sync(method, limiter=self._limiter)
-        elif (result := method()) is not None:
+            await trio.to_thread.run_sync(method, *args, limiter=self._limiter)
+        elif (result := method(*args)) is not None:
             await result
 
     def _resume_with(self, handler: Handler) -> None:
@@ -496,11 +576,14 @@ class Device:
                         break
                     del begun
                 continue
-            if self._dirty:
+            if self._dirty and not self._committing:
                 # Others may finish in this pass of the loop too: one doorbell for all of them. When none can, at once.
                 if self._running and not waited:
-                    waited = True
-                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    waited = self._committing = True
+                    try:
+                        await trio.lowlevel.cancel_shielded_checkpoint()
+                    finally:
+                        self._committing = False
                     continue
                 self._commit()
                 waited = False
@@ -1020,6 +1103,7 @@ async def serve_ring(
     before_stop: Callable[[], None] | None = None,
     begin: Callable[[_native.Ring, _native.LogicalUnit | None], Awaitable[None]] | None = None,
     copy_domain: CopyDomain | None = None,
+    set_kernel_size: Callable[[int], None] | None = None,
     busy_poll: float = 0.0,
     task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -1040,6 +1124,7 @@ async def serve_ring(
         before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
         begin: Called before the first command is taken, for what goes on from another process.
         copy_domain: The disks that initiators may copy from and to, beside this one itself.
+        set_kernel_size: Called in a thread: tells the kernel the size of a device that was resized.
         busy_poll: Seconds that the device looks for the next command before it waits, at most (`_polling`).
         task_status: Gets the `Device` once commands flow.
 
@@ -1078,6 +1163,8 @@ async def serve_ring(
         before_stop=before_stop,
         naa=naa,
         copy_domain=copy_domain,
+        unit=unit,
+        set_kernel_size=set_kernel_size,
         busy_poll=busy_poll,
     )
     if copy_domain is None or unit is None:
@@ -1101,6 +1188,9 @@ def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
 
     `statistics`: the key `devices` of the answer has a record for each device, or, with a key `name` in the request,
     for that device alone, if it is served here.
+
+    `resize`: changes the size of the device `name` to `size` bytes, to a smaller one if `shrink`. The answer has its
+    `size` then, and that `before`.
     """
 
     async def statistics(request: _control.Message, channel: _control.Channel) -> dict[str, Any]:
@@ -1114,7 +1204,17 @@ def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
             ]
         }
 
-    return {"statistics": statistics}
+    async def resize(request: _control.Message, channel: _control.Channel) -> dict[str, Any]:
+        name, size, shrink = (request.body.get(key) for key in ("name", "size", "shrink"))
+        device = next((device for device in devices() if device.name == name), None)
+        if device is None or not isinstance(size, int):
+            raise ValueError(f"device {name} is not served here, or {size!r} is no size")
+        before = device.size
+        # Who asks may go away: a change that has begun goes on.
+        await device.resize(size, shrink=shrink is True)
+        return {"size": device.size, "before": before}
+
+    return {"statistics": statistics, "resize": resize}
 
 
 def naa_of(serial: str) -> bytes:
@@ -1148,7 +1248,7 @@ async def serve_uio(
     *,
     name: str,
     wwn: str,
-    claimed: int | None = None,
+    claimed: Claim | None = None,
     inherited: Inherited | None = None,
     strict: bool = False,
     grace: float = GRACE,
@@ -1165,9 +1265,9 @@ async def serve_uio(
         uio: The device; nobody else may have it open.
         name: For the log.
         wwn: The backstore's unit serial number.
-        claimed: The node, open already, of a device that is blocked and whose ring is empty (`_adoption.Claim.fence`).
-            It is unblocked when commands flow. The descriptor stays the caller's.
-        inherited: A device that another process hands over. Its descriptor stays the caller's.
+        claimed: The claim to the device, if it was there before. If nobody hands it over, it is blocked and its ring is
+            empty (`_adoption.Claim.fence`), and it is unblocked when commands flow. The descriptor stays the caller's.
+        inherited: What another process hands over with it.
         strict: As for `serve_ring`.
         grace: As for `serve_ring`.
         deadline: As for `serve_ring`; None for five sixths of the time after which the kernel gives a command up.
@@ -1182,9 +1282,17 @@ async def serve_uio(
     """
     if deadline is None:
         deadline = await trio.to_thread.run_sync(_deadline_of, uio)
-    lent = inherited.fd if inherited is not None else claimed
+    lent = claimed.fd if claimed is not None else None
     fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if lent is None else lent
     free_kept = functools.partial(_action, uio, "free_kept_buf")
+
+    async def begin(ring: _native.Ring, unit: _native.LogicalUnit | None) -> None:
+        if inherited is not None:
+            await inherited.begin(ring, unit)
+        if claimed is not None:
+            size = (handler.handler if isinstance(handler, Slot) else handler).size
+            await trio.to_thread.run_sync(claimed.settle, size, unit)
+
     try:
 
         async def serve(task_status: trio.TaskStatus[Device]) -> None:
@@ -1201,8 +1309,9 @@ async def serve_uio(
                 deadline=deadline,
                 free_kept=free_kept,
                 before_stop=before_stop,
-                begin=inherited.begin if inherited is not None else None,
+                begin=begin,
                 copy_domain=copy_domain,
+                set_kernel_size=functools.partial(_lio.set_size, _lio.Backstore(uio.name, uio.hba, wwn)),
                 busy_poll=busy_poll,
                 task_status=task_status,
             )

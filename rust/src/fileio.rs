@@ -1,8 +1,8 @@
 //! Work on files: transfers between a file and memory that somebody lends, and what goes with them.
 //!
-//! A [`Transfer`] is one piece of work, whole or failed. It is done in up to three places, each going on where the one
-//! before stopped: at once, if the page cache can ([`Transfer::attempt`]); then in the kernel's own time, through
-//! io_uring ([`queue::Queue`]), or in a thread that may block ([`Transfer::block`]).
+//! A [`Transfer`] is one piece of work, whole or failed. What the page cache can do is done at once
+//! ([`Transfer::attempt`]); what is left goes on in a [`queue::Queue`], where it stopped: through io_uring, if the file can
+//! tell that it would have to wait (`RWF_NOWAIT`), and else in a thread that may ([`Transfer::block`]).
 //!
 //! The memory is behind [`Memory`], and belongs to the transfer from its making to its end. What that end is, the kernel
 //! says: a transfer that nobody waits for any more is not over.
@@ -16,6 +16,8 @@ use smallvec::SmallVec;
 pub mod memory;
 pub mod queue;
 mod syscall;
+mod threads;
+mod uring;
 
 use memory::{Bounce, Memory};
 
@@ -59,9 +61,9 @@ pub struct Transfer<M> {
     bounce: Option<Bounce>,
     /// The descriptor goes around the page cache.
     direct: bool,
-    /// The file knows `RWF_NOWAIT`: io_uring may try without a thread of its own. With one that does not, io_uring asks
+    /// The file knows `RWF_NOWAIT`, for this: io_uring may try it without a thread. With one that does not, io_uring asks
     /// the file system whether it can be waited for, and waits for the answer, in our thread: a FUSE server, perhaps in
-    /// this very process, would have to give it.
+    /// this very process, would have to give it. Then it takes a thread, which costs ten times what one of ours costs.
     tries: bool,
 }
 
@@ -164,6 +166,13 @@ impl<M: Memory> Transfer<M> {
                 return Ok(());
             }
         }
+    }
+
+    /// Among whom it queues for a thread.
+    fn lane(&self) -> threads::Lane {
+        // File systems that cannot say whether a buffered write has to wait have a lock for each file around it.
+        let one_by_one = !self.direct && self.operation == (Operation::Write { durable: false });
+        threads::Lane { fd: self.fd, one_by_one }
     }
 
     /// Where the next system call begins.

@@ -93,14 +93,29 @@ fn file(content: &[u8]) -> File {
 }
 
 /// A file whose data comes when it is written, and nothing ends before: transfers hang in the kernel.
+///
+/// With O_DIRECT it is taken for a file without page cache, and not asked for what is there at once.
 fn pipe() -> (OwnedFd, File) {
     let (receiver, sender) = io::pipe().unwrap();
+    rustix::fs::fcntl_setfl(&receiver, rustix::fs::OFlags::DIRECT).unwrap();
     (receiver.into(), File::from(OwnedFd::from(sender)))
 }
 
+/// What io_uring does with a pipe.
+fn read_pipe<M: Memory>(receiver: &OwnedFd, memory: M) -> Transfer<M> {
+    let mut transfer = Transfer::new(receiver.as_raw_fd(), Operation::Read, 0, memory);
+    assert!(!transfer.attempt().unwrap());
+    transfer
+}
+
+/// One with threads alone.
+fn in_threads<M: Memory + 'static>() -> Queue<M> {
+    Queue::new(false).unwrap()
+}
+
 /// None where io_uring is forbidden.
-fn queue<M: Memory>() -> Option<Queue<M>> {
-    match Queue::new() {
+fn queue<M: Memory + 'static>() -> Option<Queue<M>> {
+    match Queue::new(true) {
         Ok(queue) => Some(queue),
         Err(error) if std::env::var_os("CI").is_none() => {
             eprintln!("skipped: no io_uring: {error}");
@@ -110,13 +125,13 @@ fn queue<M: Memory>() -> Option<Queue<M>> {
     }
 }
 
-fn wait<M: Memory>(queue: &mut Queue<M>) -> Finished<M> {
+fn wait<M: Memory + 'static>(queue: &mut Queue<M>) -> Finished<M> {
     let mut finished = wait_some(queue);
     assert_eq!(finished.len(), 1);
     finished.remove(0)
 }
 
-fn wait_some<M: Memory>(queue: &mut Queue<M>) -> Vec<Finished<M>> {
+fn wait_some<M: Memory + 'static>(queue: &mut Queue<M>) -> Vec<Finished<M>> {
     for _ in 0..10 {
         let finished = queue.finish().unwrap();
         if !finished.is_empty() {
@@ -144,7 +159,7 @@ fn pieces_are_filled_in_order_wherever_it_is_done() {
     let file = file(&content);
     for start in [0, 1, 4095, 4096] {
         let sizes = [1, 0, 4096, 3, 5000];
-        for way in 0..3 {
+        for way in 0..4 {
             let memory = Shared::new(&[0; 9100]);
             let mut transfer = Transfer::new(file.as_raw_fd(), Operation::Read, start, memory.lend(&sizes));
             match way {
@@ -159,7 +174,8 @@ fn pieces_are_filled_in_order_wherever_it_is_done() {
                     drop(transfer);
                 }
                 _ => {
-                    let Some(mut queue) = queue() else { continue };
+                    let found = if way == 2 { queue() } else { Some(in_threads()) };
+                    let Some(mut queue) = found else { continue };
                     let ticket = queue.start(transfer);
                     let finished = wait(&mut queue);
                     assert_eq!(finished.ticket, ticket);
@@ -181,7 +197,7 @@ fn more_pieces_than_a_system_call_takes() {
     Transfer::new(file.as_raw_fd(), Operation::Write { durable: false }, 7, memory.lend(&sizes))
         .block()
         .unwrap();
-    let Some(mut queue) = queue() else { return };
+    let mut queue = in_threads();
     let write =
         Transfer::new(file.as_raw_fd(), Operation::Write { durable: true }, 6007, memory.lend(&sizes));
     queue.start(write);
@@ -197,10 +213,9 @@ fn the_end_of_the_file_is_an_error_and_not_a_success() {
     let memory = Shared::new(&[9; 4096]);
     let make = || Transfer::new(file.as_raw_fd(), Operation::Read, 4096, memory.whole());
     let mut errors = vec![make().block().unwrap_err()];
-    if let Some(mut queue) = queue() {
-        queue.start(make());
-        errors.push(wait(&mut queue).result.unwrap_err());
-    }
+    let mut queue = in_threads();
+    queue.start(make());
+    errors.push(wait(&mut queue).result.unwrap_err());
     for error in errors {
         assert_eq!(error.downcast::<EndOfFile>().unwrap(), EndOfFile(5000));
     }
@@ -209,7 +224,7 @@ fn the_end_of_the_file_is_an_error_and_not_a_success() {
 
 #[test]
 fn space_and_durability() {
-    let Some(mut queue) = queue() else { return };
+    let mut queue = in_threads();
     let file = file(&[1; 8192]);
     // FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
     let punch = Operation::Allocate { mode: 3, length: 4096 };
@@ -229,7 +244,7 @@ fn a_cancelled_transfer_has_its_memory_until_it_is_over() {
     let Some(mut queue) = queue() else { return };
     let (receiver, _sender) = pipe();
     let memory = Shared::new(&[0; 64]);
-    let ticket = queue.start(Transfer::new(receiver.as_raw_fd(), Operation::Read, 0, memory.whole()));
+    let ticket = queue.start(read_pipe(&receiver, memory.whole()));
     assert!(queue.finish().unwrap().is_empty());
     queue.cancel(ticket);
     queue.cancel(ticket);
@@ -256,10 +271,10 @@ fn a_queue_that_is_dropped_waits_for_the_kernel() {
     let memory = Shared::new(&[0; 64]);
     {
         let Some(mut queue) = queue() else { return };
-        queue.start(Transfer::new(receiver.as_raw_fd(), Operation::Read, 0, memory.whole()));
+        queue.start(read_pipe(&receiver, memory.whole()));
         queue.submit().unwrap();
         // This one has not begun.
-        queue.start(Transfer::new(receiver.as_raw_fd(), Operation::Read, 0, memory.whole()));
+        queue.start(read_pipe(&receiver, memory.whole()));
         assert_eq!(memory.held(), 2);
     }
     assert_eq!(memory.held(), 0);
@@ -271,9 +286,8 @@ fn more_transfers_than_the_kernel_takes_at_once() {
     let Some(mut queue) = queue() else { return };
     let (receiver, mut sender) = pipe();
     let memory = Shared::new(&[0; 1]);
-    let mut tickets: Vec<Ticket> = (0..MANY)
-        .map(|_| queue.start(Transfer::new(receiver.as_raw_fd(), Operation::Read, 0, memory.whole())))
-        .collect();
+    let mut tickets: Vec<Ticket> =
+        (0..MANY).map(|_| queue.start(read_pipe(&receiver, memory.whole()))).collect();
     // The last ones are called off before they begin.
     for ticket in tickets.drain(MANY - 10..) {
         queue.submit().unwrap();
@@ -312,9 +326,124 @@ fn next(kernel: &mut Kernel, device: &Arc<Device>) -> Arc<Claim> {
     }
 }
 
+fn lent(claim: &Arc<Claim>) -> Lent {
+    Lent::new(claim.clone(), true, 0, BLOCK).unwrap()
+}
+
 fn read_into(claim: &Arc<Claim>, fd: RawFd) -> Transfer<Lent> {
-    let memory = Lent::new(claim.clone(), true, 0, BLOCK).unwrap();
-    Transfer::new(fd, Operation::Read, 0, memory)
+    Transfer::new(fd, Operation::Read, 0, lent(claim))
+}
+
+/// Two ways to be over, one descriptor to wait for.
+#[test]
+fn threads_and_io_uring_beside_each_other() {
+    let Some(mut queue) = queue() else { return };
+    let (receiver, mut sender) = pipe();
+    let file = file(&[3; 64]);
+    let memory = [Shared::new(&[0; 64]), Shared::new(&[0; 64])];
+    let from_pipe = queue.start(read_pipe(&receiver, memory[0].whole()));
+    let from_file = queue.start(Transfer::new(file.as_raw_fd(), Operation::Read, 0, memory[1].whole()));
+    assert_eq!(queue.outstanding(), 2);
+    let finished = wait(&mut queue);
+    assert_eq!((finished.ticket, queue.outstanding()), (from_file, 1));
+    sender.write_all(&[4; 64]).unwrap();
+    assert_eq!(wait(&mut queue).ticket, from_pipe);
+    drop(finished);
+    assert_eq!((memory[0].bytes(), memory[1].bytes()), (vec![4; 64], vec![3; 64]));
+    assert_eq!((memory[0].held(), memory[1].held(), queue.outstanding()), (0, 0, 0));
+}
+
+#[test]
+fn what_no_thread_has_begun_is_given_back() {
+    let mut queue = in_threads();
+    let file = file(&[3; 64]);
+    let memory = Shared::new(&[0; 64]);
+    let ticket = queue.start(Transfer::new(file.as_raw_fd(), Operation::Read, 0, memory.whole()));
+    queue.cancel(ticket);
+    queue.cancel(ticket);
+    let finished = wait(&mut queue);
+    assert_eq!((finished.ticket, number(&finished.result)), (ticket, Some(libc::ECANCELED)));
+    drop(finished);
+    assert_eq!((memory.held(), memory.bytes(), queue.outstanding()), (0, vec![0; 64], 0));
+    // Nobody's any more: harmless.
+    queue.cancel(ticket);
+    assert!(queue.finish().unwrap().is_empty());
+    queue.start(Transfer::new(file.as_raw_fd(), Operation::Read, 0, memory.whole()));
+    drop(queue);
+    assert_eq!(memory.held(), 0);
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Write { file: usize, length: usize },
+    Cancel(usize),
+    Finish,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..3usize, 1..200usize).prop_map(|(file, length)| Step::Write { file, length }),
+        1 => (0..40usize).prop_map(Step::Cancel),
+        2 => Just(Step::Finish),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+
+    /// Writes to some files in threads, at the same place: each is over once, and what is found in a file is what was
+    /// started last among those that were not called off.
+    #[test]
+    fn writes_to_a_file_are_done_in_their_order(steps in prop::collection::vec(step(), 1..60)) {
+        let files: Vec<File> = (0..3).map(|_| file(&[0; 200])).collect();
+        let mut expected = [[0u8; 200]; 3];
+        let mut queue = in_threads();
+        let mut open: Vec<(Ticket, usize, u8, Shared)> = Vec::new();
+        let mut done: Vec<(usize, u8, usize)> = Vec::new();
+        let mut order = Vec::new();
+        let mut settle = |finished: Vec<Finished<Pieces>>, open: &mut Vec<(Ticket, usize, u8, Shared)>| {
+            for each in finished {
+                let at = open.iter().position(|(ticket, ..)| *ticket == each.ticket).expect("over twice");
+                let (_, file, byte, memory) = open.remove(at);
+                match &each.result {
+                    Ok(()) => done.push((file, byte, memory.bytes().len())),
+                    Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ECANCELED)),
+                }
+                drop(each);
+                assert_eq!(memory.held(), 0);
+            }
+        };
+        for (byte, step) in (1u8..).zip(steps) {
+            match step {
+                Step::Write { file, length } => {
+                    let memory = Shared::new(&vec![byte; length]);
+                    let write = Operation::Write { durable: false };
+                    let transfer = Transfer::new(files[file].as_raw_fd(), write, 0, memory.whole());
+                    open.push((queue.start(transfer), file, byte, memory));
+                    order.push((file, byte, length));
+                }
+                Step::Cancel(at) => {
+                    if let Some((ticket, ..)) = open.get(at) {
+                        queue.cancel(*ticket);
+                    }
+                }
+                Step::Finish => settle(queue.finish().unwrap(), &mut open),
+            }
+        }
+        while !open.is_empty() {
+            settle(wait_some(&mut queue), &mut open);
+        }
+        prop_assert_eq!(queue.outstanding(), 0);
+        order.retain(|each| done.contains(each));
+        for (file, byte, length) in order {
+            expected[file][..length].fill(byte);
+        }
+        for (file, expected) in files.iter().zip(expected) {
+            let mut found = [9; 200];
+            file.read_exact_at(&mut found, 0).unwrap();
+            prop_assert_eq!(found, expected);
+        }
+    }
 }
 
 /// Whatever becomes of its command, memory that the kernel may still write to is not given to another one.
@@ -327,7 +456,7 @@ fn an_answer_does_not_take_the_memory_from_a_transfer() {
         let (receiver, mut sender) = pipe();
         let (mut kernel, device) = device(capabilities);
         let claim = next(&mut kernel, &device);
-        queue.start(read_into(&claim, receiver.as_raw_fd()));
+        queue.start(read_pipe(&receiver, lent(&claim)));
         queue.submit().unwrap();
 
         let answered = claim.answer(Reply::good(0)).unwrap();
@@ -374,7 +503,7 @@ fn a_transfer_outlives_its_device() {
     let (receiver, mut sender) = pipe();
     let (mut kernel, device) = device(abi::MAILBOX_FLAG_CAP_OOOC);
     let claim = next(&mut kernel, &device);
-    queue.start(read_into(&claim, receiver.as_raw_fd()));
+    queue.start(read_pipe(&receiver, lent(&claim)));
     queue.submit().unwrap();
     device.close();
     drop((claim, device, kernel));
@@ -450,8 +579,7 @@ proptest! {
                 Action::Start => {
                     let (receiver, sender) = pipe();
                     let memory = Shared::new(&[0; 16]);
-                    let transfer =
-                        Transfer::new(receiver.as_raw_fd(), Operation::Read, 0, memory.lend(&[3, 13]));
+                    let transfer = read_pipe(&receiver, memory.lend(&[3, 13]));
                     open.push((queue.start(transfer), memory, sender, false));
                     receivers.push(receiver);
                 }

@@ -23,7 +23,7 @@ from .worker import TARGETS, load
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FRESH = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "fuzz-python"
-LIMITS = ("-timeout=20", "-rss_limit_mb=1024")
+LIMITS = ("-timeout=40", "-rss_limit_mb=1024", "-handle_xfsz=0")
 """Seconds and memory that one input may take: far above what the largest needs, far below what an attack would."""
 LONGEST = {"spec": 600, "luks": 6000, "qcow2": 12000, "log": 300, "control": 2000}
 """Bytes of an input."""

@@ -28,7 +28,7 @@ from tcmu_rs.handlers.qcow2 import header as header_module
 from tcmu_rs.handlers.qcow2.handler import Qcow2Handler
 from tcmu_rs.handlers.qcow2.tools import create
 
-from .qcow2 import PATH, SIZE, change, look, opener, read_all
+from .qcow2 import PATH, SIZE, change, look, put, read_all
 
 IMAGES = Path(__file__).with_name("images")
 NAMES = ("packed", "plain")
@@ -102,21 +102,21 @@ def one_input(data: bytes) -> None:
         return
     flags = data[0]
     whole, only_log = damage(data)
-    trio.run(read_all, Qcow2Handler(PATH, storage=opener(bytearray(whole)), read_only=True))
-    good = look(bytearray(whole))
+    put(bytes(whole))
+    trio.run(read_all, Qcow2Handler(PATH, read_only=True))
+    good = look()
     if flags & WRITE:
-        changed = bytearray(whole)
-        trio.run(change, Qcow2Handler(PATH, storage=opener(changed), compress=True, idle=None, log_size=1))
+        trio.run(change, Qcow2Handler(PATH, compress=True, idle=None, log_size=1))
         return
     # Recovery, and the end of the log.
-    found = trio.run(functools.partial(read_all, Qcow2Handler(PATH, storage=opener(whole), idle=None)))
+    found = trio.run(read_all, Qcow2Handler(PATH, idle=None))
     if found and not flags & SEAL and only_log and not flags & PLAIN:
         for offset, block in found.items():
             assert block is not None, f"byte {offset} cannot be read"
             for at in range(0, len(block), BLOCK):
                 piece = block[at : at + BLOCK]
                 assert not any(piece) or piece == stamp((offset + at) // BLOCK, piece[12]), f"byte {offset + at}"
-        assert not good or look(whole)
+        assert not good or look()
 
 
 def stamp(number: int, version: int) -> bytes:

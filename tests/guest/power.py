@@ -1,11 +1,13 @@
-"""What runs in the guest whose power is cut: `python -m tests.guest.power ROUND`.
+"""What runs in the guest whose power is cut: `python -m tests.guest.power ROUND COPIES`.
 
 Every shipped handler serves a disk from a file on /dev/vda. What is on the disks is said first, then they are written
-and flushed until the machine is gone. The host has made the files (`prepare`), knows the writes, for they follow from
-the round, and hears of flushes.
+and flushed until the machine is gone. /dev/vdb and those that follow are copies of /dev/vda as other moments have left
+it: their handlers are opened without a disk, and looked at. The host has made the files (`prepare`), knows the writes,
+for they follow from the round, and hears of flushes.
 
-Lines of output: `found NAME JSON`: for each place who wrote it; `flushed NAME ROUND COUNT`: so many writes of the round
-were done when a flush began that has succeeded; `durable NAME ROUND COUNT`: this write had FUA and has succeeded.
+Lines of output: `found COPY NAME JSON`: for each place who wrote it, where copy 0 is the disk itself; `flushed NAME
+ROUND COUNT`: so many writes of the round were done when a flush began that has succeeded; `durable NAME ROUND COUNT`:
+this write had FUA and has succeeded.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -32,6 +33,7 @@ BLOCK = 4096
 PLACES = 64
 FLUSH_EVERY = 5
 MOUNTED = Path("/run/tmp/disk")
+COPY = Path("/run/tmp/copy")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,6 @@ DISKS = {
     "file": Kind("file:"),
     "direct": Kind("file:", {"direct": "on"}),
     "luks": Kind("luks:", KEY),
-    "luks512": Kind("luks:", KEY, {"version": "1"}),
     "qcow2": Kind("qcow2:"),
     "zstd": Kind("zstd:"),
     "luksqcow2": Kind("luks:qcow2:", KEY),
@@ -123,19 +124,37 @@ def say(*words: object) -> None:
     os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
 
+def who_wrote(name: str, data: bytes) -> list[int] | None:
+    """Which write a block is of, None if it is of none, or not whole."""
+    stamp = re.match(rb"<[a-z0-9]+ (-?[0-9]+) ([0-9]+)>", data)
+    who = [int(stamp[1]), int(stamp[2])] if stamp else None
+    return who if who and data == block(name, *who) else None
+
+
 def look(name: str, device: str) -> None:
-    """Says for each place which write is there, None if it is none or not whole."""
-    found: list[list[int] | None] = []
+    """Says for each place of a disk which write is there."""
+    found = []
     fd = os.open(device, os.O_RDONLY | os.O_DIRECT)
     with mmap.mmap(-1, BLOCK) as buffer:
         for place in range(PLACES):
             assert os.preadv(fd, [buffer], offset(place)) == BLOCK
-            data = bytes(buffer)
-            stamp = re.match(rb"<[a-z0-9]+ (-?[0-9]+) ([0-9]+)>", data)
-            who = [int(stamp[1]), int(stamp[2])] if stamp else None
-            found.append(who if who and data == block(name, *who) else None)
+            found.append(who_wrote(name, bytes(buffer)))
     os.close(fd)
-    say("found", name, json.dumps(found))
+    say("found", 0, name, json.dumps(found))
+
+
+async def look_at_copy(number: int) -> None:
+    """The same for all disks of a copy, which need not be served for that."""
+    subprocess.run(["mount", f"/dev/vd{'abcdefgh'[number]}", COPY], check=True)
+    for name, kind in DISKS.items():
+        found = []
+        async with tcmu_rs.Lower(kind.handler(COPY, name)) as disk:
+            for place in range(PLACES):
+                data = bytearray(BLOCK)
+                await disk.read(offset(place), IoVec([data]))
+                found.append(who_wrote(name, bytes(data)))
+        say("found", number, name, json.dumps(found))
+    subprocess.run(["umount", COPY], check=True)
 
 
 def work(name: str, device: str, round_number: int) -> None:
@@ -163,17 +182,28 @@ async def in_threads(function: Callable[..., None], devices: dict[str, str], *ar
 
 
 async def main() -> None:
-    round_number = int(sys.argv[1])
+    round_number, copies = map(int, sys.argv[1:])
     MOUNTED.mkdir()
+    COPY.mkdir()
+    for number in range(1, copies + 1):
+        await look_at_copy(number)
     subprocess.run(["mount", "/dev/vda", MOUNTED], check=True)
     say("mounted")
-    async with AsyncExitStack() as stack:
-        devices: dict[str, str] = {}
-        for name, kind in DISKS.items():
-            attached = tcmu_rs.attach(kind.handler(MOUNTED, name), name)
-            device = await stack.enter_async_context(attached)
+    devices: dict[str, str] = {}
+    all_served = trio.Event()
+
+    async def serve(name: str) -> None:
+        async with tcmu_rs.attach(DISKS[name].handler(MOUNTED, name), name) as device:
             assert device.path is not None
             devices[name] = device.path
+            if len(devices) == len(DISKS):
+                all_served.set()
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        for name in DISKS:
+            nursery.start_soon(serve, name)
+        await all_served.wait()
         say("attached")
         await in_threads(look, devices)
         say("begins")

@@ -17,7 +17,7 @@ use crate::fileio::queue::{Queue, Ticket};
 use crate::fileio::{self, Operation};
 
 /// From so many bytes on a copy is worth the handing over of the interpreter (about 0.1 us, see `bench/RESULTS.md`).
-const RELEASE: usize = 128 << 10;
+pub const RELEASE: usize = 128 << 10;
 
 /// The memory of a transfer.
 pub enum Held {
@@ -138,14 +138,6 @@ impl Transfer {
     fn __next__(&self) -> Option<()> {
         None
     }
-
-    /// Does all that is left in the calling thread.
-    fn block(&self, py: Python<'_>) -> PyResult<()> {
-        let mut transfer = self.take()?;
-        let result = py.detach(|| transfer.block());
-        drop(transfer);
-        result.map_err(|error| os_error(&error))
-    }
 }
 
 impl Drop for Transfer {
@@ -163,7 +155,7 @@ impl Drop for Transfer {
     }
 }
 
-/// Transfers under way in io_uring: see `tcmu_rs._files`.
+/// Transfers under way, in io_uring and in threads: see `tcmu_rs._files`.
 #[pyclass(frozen, module = "tcmu_rs._native")]
 pub struct FileQueue {
     /// Nothing when it is closed.
@@ -179,14 +171,15 @@ impl FileQueue {
 
 #[pymethods]
 impl FileQueue {
-    /// Raises OSError where there is no io_uring, or it is forbidden.
+    /// Raises OSError if there is to be io_uring, and there is none, or it is forbidden.
     #[new]
-    fn new() -> PyResult<Self> {
-        let queue = Queue::new().map_err(|error| os_error(&error))?;
+    #[pyo3(signature = (*, io_uring))]
+    fn new(io_uring: bool) -> PyResult<Self> {
+        let queue = Queue::new(io_uring).map_err(|error| os_error(&error))?;
         Ok(Self { queue: Mutex::new(Some(queue)) })
     }
 
-    /// Readable when `finish` has something to return.
+    /// Readable when `finish` is due.
     fn fileno(&self) -> PyResult<RawFd> {
         self.with(|queue| queue.fd())
     }
@@ -197,20 +190,15 @@ impl FileQueue {
         self.with(|queue| queue.outstanding())
     }
 
-    /// Takes a transfer, to begin with the next `submit`; returns its ticket.
+    /// Takes a transfer, to begin with the next `finish`, which is due then; returns its ticket.
     fn start(&self, transfer: &Transfer) -> PyResult<u64> {
         let transfer = transfer.take()?;
         self.with(|queue| queue.start(transfer).0)
     }
 
-    /// Asks for an early end, with the next `submit`.
+    /// Asks for an early end, with the next `finish`, which is due then.
     fn cancel(&self, ticket: u64) -> PyResult<()> {
         self.with(|queue| queue.cancel(Ticket(ticket)))
-    }
-
-    /// Begins what was started, with one system call. What is over makes the descriptor readable.
-    fn submit(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.with(Queue::submit))?.map_err(|error| os_error(&error))
     }
 
     /// Begins what was started, and returns what is over: tickets, each with an OSError or None.
@@ -230,9 +218,9 @@ impl FileQueue {
     }
 
     /// Gives the descriptor back. Waits for transfers that nobody waits for.
-    fn close(&self) {
+    fn close(&self, py: Python<'_>) {
         let queue = lock(&self.queue).take();
-        drop(queue);
+        py.detach(|| drop(queue));
     }
 }
 

@@ -3,7 +3,8 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::iovec::IoVec;
+use super::fileio::RELEASE;
+use super::iovec::{IoVec, Walk};
 use crate::xts::{Direction, Xts};
 
 /// Bytes that are taken out of shared memory, worked on, and put where they go: they stay in the first level cache.
@@ -34,12 +35,21 @@ impl AesXts {
         &self,
         py: Python<'_>,
         direction: Direction,
-        mut number: u64,
+        number: u64,
         source: &IoVec,
         target: &IoVec,
     ) -> PyResult<()> {
         let (mut from, mut into) = (source.walk(py, false)?, target.walk(py, true)?);
-        let mut left = source.nbytes();
+        let length = source.nbytes();
+        if length < RELEASE {
+            self.walk(direction, number, &mut from, &mut into, length);
+        } else {
+            py.detach(|| self.walk(direction, number, &mut from, &mut into, length));
+        }
+        Ok(())
+    }
+
+    fn walk(&self, direction: Direction, mut number: u64, from: &mut Walk, into: &mut Walk, mut left: usize) {
         let mut buffer = [0; STEP];
         while left > 0 {
             let part = &mut buffer[..left.min(STEP)];
@@ -49,7 +59,6 @@ impl AesXts {
             left -= part.len();
             number = number.wrapping_add((part.len() / 512) as u64);
         }
-        Ok(())
     }
 }
 
