@@ -1,6 +1,6 @@
 """The compressed disk beside `qemu-nbd`, on the same data in one run: an ext4 file system with part of /usr.
 
-    python -m bench.qcow2 [--quick] [--directory /var/tmp] [--write]
+    python -m bench.qcow2 [--quick | --levels] [--directory /var/tmp] [--write]
 
 **The transports differ.** `zstd:` is driven through the simulated ring by a generator in the same Python process, whose
 own time is in the figures; `qemu-nbd` by fio through a Unix socket, in processes of their own. So the processor time
@@ -43,6 +43,7 @@ from .generator import FLUSH, drive, served, until
 from .report import publish, stated, table
 
 KIB, MIB = 1 << 10, 1 << 20
+LEVELS = (1, 2, 3, 9)
 BIG = 16 << 40
 TREES = ("/usr/bin", "/usr/lib/python3", "/usr/include", "/usr/share/perl", "/usr/share/doc")
 Work = Callable[["_native.Simulator"], Awaitable[int]]
@@ -154,15 +155,11 @@ def convert(raw: Path, image: Path, cluster_size: int) -> None:
 # Ours, on the simulator.
 
 
-def zstd(image: Path) -> Qcow2Handler:
-    return Qcow2Handler(image, compress=True)
-
-
-async def _measure(image: Path, work: Work, warm: int = 0) -> Figure:
+async def _measure(image: Path, work: Work, warm: int = 0, level: int | None = None) -> Figure:
     """Does work on an image; after writes a flush and the close count, the opening never does."""
     start = cpu = 0.0
     count = 0
-    async with served(zstd(image)) as kernel:
+    async with served(Qcow2Handler(image, compress=True, level=level)) as kernel:
         await drive(kernel, (generator.read(offset, 256 * KIB) for offset in range(0, warm, 256 * KIB)), 4)
         start, cpu = time.perf_counter(), time.process_time()
         count = await work(kernel)
@@ -399,7 +396,7 @@ def measure(directory: Path, plan: Plan, report: Report) -> None:
         },
     )  # fmt: skip
     report.compare(OVERWRITE, NBD8, 3)
-    count = max(plan.writes // 20, 500)
+    count = plan.writes // 5
     report.pattern(
         FLUSHED, 1, "per second", rounds,
         {
@@ -424,6 +421,36 @@ def measure(directory: Path, plan: Plan, report: Report) -> None:
     report.say(table(["after overwriting everything, at random", "MiB", "raw is larger by"], rows))
     report.judge("After overwriting everything: raw over ours", images.used / ours_after, "≥", 1.9)
     measure_big(directory / "big", report)
+
+
+def levels(directory: Path, report: Report) -> None:
+    """What levels and cluster sizes gain and cost, on 64 MiB of the same data: `--levels`."""
+    size = 64 * MIB
+    raw, image = directory / "raw", directory / "image"
+    make_raw(raw, size)
+    data = memoryview(raw.read_bytes())
+    used = raw.stat().st_blocks * 512
+    report.say(stated(data=f"ext4 of {size >> 20} MiB with {', '.join(TREES)}", runs="one of each, processor time"))
+    rows: list[list[object]] = []
+    for cluster_size in (4 * KIB, 8 * KIB, 16 * KIB, 64 * KIB):
+        for level in LEVELS:
+            image.unlink(missing_ok=True)
+            create(image, size, cluster_size=cluster_size)
+            written = trio.run(_measure, image, fills(data), 0, level)
+            read = trio.run(_measure, image, reads(size, 32, 0.5), size)
+            speed = used / (written.cpu / 1e6 * (size >> 20)) / 1e6
+            rows.append(
+                [
+                    f"{cluster_size >> 10} KiB",
+                    level,
+                    f"{used / space(image):.3f}",
+                    f"{speed:.0f} MB/s",
+                    f"{read.cpu:.1f} µs",
+                ]
+            )
+    report.say(
+        table(["clusters", "level", "raw is larger by", "written, per s of CPU", "4 KiB random read, CPU"], rows)
+    )
 
 
 def space(image: Path) -> int:
@@ -487,6 +514,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="less of everything: two minutes")
     parser.add_argument("--directory", default="/var/tmp")
     parser.add_argument("--write", action="store_true", help="put the figures into bench/RESULTS.md")
+    parser.add_argument("--levels", action="store_true", help="what levels and cluster sizes gain and cost, alone")
     arguments = parser.parse_args()
     for program in ("qemu-img", "qemu-nbd", "fio", "mke2fs"):
         if shutil.which(program) is None:
@@ -494,6 +522,9 @@ def main() -> None:
     plan = Plan(192 * MIB, 1.0, 1, 10_000) if arguments.quick else Plan(256 * MIB, 2.0, 3, 20_000)
     report = Report()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
+        if arguments.levels:
+            levels(Path(name), report)
+            return
         measure(Path(name), plan, report)
     report.verdict()
     if arguments.write:

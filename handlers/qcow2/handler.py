@@ -47,7 +47,7 @@ class Qcow2Handler(BlockHandler):
     Args:
         path: Of the image.
         compress: Write compressed clusters.
-        level: Of compression; 1 if not given.
+        level: Of compression; if not given, 2 of zstd and 1 of zlib.
         snapshot: ID or name of an internal snapshot to serve instead, read-only.
         backing_root: Directory in which the files have to be that the image names; its own if not given.
         read_only: Refuse writes, and open the file for reading only.
@@ -338,7 +338,8 @@ class Qcow2Handler(BlockHandler):
             hardest = _LEVELS[image.header.compression_type]
             if self._level is not None and not 1 <= self._level <= hardest:
                 raise ValueError(f"level is {self._level}; for {image.header.compression_name()} it is 1 to {hardest}")
-            image.codec = image.codec.at_level(self._level or 1)
+            if self._level is not None:
+                image.codec = image.codec.at_level(self._level)
             if not self.read_only:
                 writer = Writer(image, compress=self._compress, chain=image.chain, **self._writing)
                 if image.chain is not None:

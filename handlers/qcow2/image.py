@@ -19,9 +19,9 @@ from .storage import Buffer, Storage
 from .tables import COMPRESSED, SUBCLUSTERS, ZERO, Tables
 
 _HOT = 1 << 20
-"""Buffer of decompressed clusters that are kept for readers of parts."""
+"""Bytes of decompressed clusters that are kept for readers of parts."""
 _GAP = 8192
-"""Buffer between two compressed clusters in the file that are read with them, rather than by a call of their own."""
+"""Bytes between two compressed clusters in the file that are read with them, rather than by a call of their own."""
 
 
 class Kind(IntEnum):
@@ -109,14 +109,14 @@ class Image:
         storage: The image; closed with this.
         header: Of it.
         tables: The map, if it is not the active one.
-        size: Buffer of the disk, if they are not those of the active one.
+        size: Bytes of the disk, if they are not those of the active one.
         backing: What is below; closed with this.
         payload: Where plain clusters are; its file is closed with this.
         pages: Metadata; shared with who writes it.
 
     Attributes:
         cache: Clusters that are newer in memory than in the file.
-        block_size: Buffer of a logical block, for the LBA in errors.
+        block_size: Bytes of a logical block, for the LBA in errors.
         chain: What was found in the log, if there is one.
         log_range: Where the log is, from and to.
     """

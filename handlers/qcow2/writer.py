@@ -225,12 +225,19 @@ class Writer:
         if self._log is None:
             return
         wanted = self._commits
-        async with self._commit_lock:
+        try:
+            # Without the pass of the loop that `acquire` takes: it is a good part of a flush.
+            self._commit_lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._commit_lock.acquire()
+        try:
             self._check()
             if self._commits > wanted:
                 return
             with trio.CancelScope(shield=True):
                 await self._commit()
+        finally:
+            self._commit_lock.release()
 
     async def _settle_map(self) -> None:
         """Makes the map durable, but for what only the cache has: it is no flush. What was freed can be used again."""
