@@ -22,7 +22,8 @@ import trio
 
 import tcmu_rs
 from tcmu_rs import _native
-from tcmu_rs._runtime import Device, serve_ring, unit_for
+from tcmu_rs._runtime import Device
+from tcmu_rs._service import serve_ring, unit_for
 
 from .conditions import conditions
 from .report import publish, stated, table

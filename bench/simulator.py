@@ -10,6 +10,7 @@ once.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import random
@@ -87,6 +88,7 @@ def warm_file(directory: str) -> Iterator[Path]:
 CDB = 16
 
 
+@functools.cache
 def cdbs(write: bool, length: int, size: int, block_size: int) -> bytes:
     """CDBs of transfers of `length` bytes all over the disk, in a random order that is always the same."""
     opcode, blocks = (0x8A if write else 0x88), length // block_size

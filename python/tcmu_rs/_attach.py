@@ -18,7 +18,8 @@ from . import _adoption, _control, _lio, _sysfs
 from ._domain import CopyDomain
 from ._handler import Handler, check
 from ._registry import parse_spec
-from ._runtime import GRACE, serve_uio, verbs
+from ._runtime import GRACE
+from ._service import serve_uio, verbs
 from ._slot import Slot
 
 if TYPE_CHECKING:

@@ -12,8 +12,10 @@
 //! when they are missing, and end when nobody has needed them for [`IDLE`].
 //!
 //! A job belongs to the lane, then to its thread, then to those that are over, and so to one at any time; [`Threads`]
-//! that are dropped wait for those that have begun. What is over is signalled once, until it is taken: so one signal is
-//! for as many as come meanwhile.
+//! that are dropped wait for those that have begun.
+//!
+//! To wake up who waits for jobs costs more than most jobs. So what is over is signalled once, until it is taken; and not
+//! at all while the next jobs of the same lane follow, up to [`BATCH`]: whatever they wait for, it is the same file.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -38,6 +40,8 @@ const CREW: usize = 4;
 const MOST: usize = 64;
 /// Jobs of one lane that run at once, if they help each other.
 const WIDTH: usize = 16;
+/// Jobs that are over before somebody is told, if more of the same lane follow.
+const BATCH: usize = 16;
 /// From when on a thread counts as hanging.
 const STALL: Duration = Duration::from_millis(1);
 /// How long a thread waits for work before it ends.
@@ -262,6 +266,11 @@ impl<J: Job> Shared<J> {
             if state.closing {
                 break;
             }
+            if !state.over.is_empty() && !state.signalled {
+                // What was to follow was taken back.
+                state = this.tell(state);
+                continue;
+            }
             state.idle += 1;
             let (woken, result) = this
                 .changed
@@ -298,7 +307,15 @@ impl<J: Job> Shared<J> {
             return state;
         }
         state.over.push(job);
-        if mem::replace(&mut state.signalled, true) {
+        if state.turns.front() == Some(&lane) && state.over.len() < BATCH {
+            return state;
+        }
+        self.tell(state)
+    }
+
+    /// Signals what is over, unless that was done.
+    fn tell<'a>(&'a self, mut state: MutexGuard<'a, State<J>>) -> MutexGuard<'a, State<J>> {
+        if state.over.is_empty() || mem::replace(&mut state.signalled, true) {
             return state;
         }
         drop(state);
