@@ -10,6 +10,7 @@ from typing import Protocol
 
 from tcmu_rs import IoVec, MediumError
 
+from .cache import Entry
 from .codecs import Codec, Place, damage
 from .header import DATA_FILE, Header
 from .log import Chain
@@ -96,12 +97,6 @@ class Run:
     places: Sequence[Place]
 
 
-class Cached(Protocol):
-    """A cluster that is newer in memory than in the file."""
-
-    data: bytearray
-
-
 class Image:
     """The data of a disk, or of one of its snapshots.
 
@@ -142,7 +137,7 @@ class Image:
         self.block_size = 512
         self.chain: Chain | None = None
         self.log_range = (0, 0)
-        self.cache: dict[int, Cached] = {}
+        self.cache: dict[int, Entry] = {}
         self.codec = Codec(header.compression_type, header.cluster_size)
         self._hot: dict[int, bytes] = {}
         self._scratch = memoryview(bytearray(2 * header.cluster_size + 512))

@@ -13,7 +13,7 @@ from tcmu_rs import IoVec
 
 from ._errors import Qcow2Error
 from .branching import Branching
-from .cache import UNIT, Entry, runs
+from .cache import Cache, Entry
 from .changes import Changes
 from .header import DATA_FILE, DIRTY, SECTOR, LogPlace
 from .image import Image, Kind
@@ -113,8 +113,7 @@ class Writer:
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         self._in_cluster = header.cluster_size - 1
-        self._cache: dict[int, Entry] = image.cache  # type: ignore[assignment]
-        self._limit = max(4, cache_size >> self._bits)
+        self._cache = Cache(image.cache, max(4, cache_size >> self._bits))
         # What one change of the map may dirty: L2 and refcounts, a new L2 table, a new refcount block.
         self._worst = 2 * self._cluster_size + 6 * self._pages.size
         self._log_size = max(log_size or min(_MAX_LOG, max(_MIN_LOG, image.size >> 6)), STATES + 8 * self._worst)
@@ -128,9 +127,6 @@ class Writer:
         self._changes: Changes
         self._packer: Packer
         self._session: Session | None = None
-        # Bytes of pieces that no record has, and of those that one has.
-        self._unlogged = self._logged = 0
-        self._unlogged_entries: dict[int, Entry] = {}
         self._unsynced = False
         self._failed: OSError | None = None
         self._destage_error: OSError | None = None
@@ -327,7 +323,7 @@ class Writer:
     def _put(self, cluster: int, within: int, part: IoVec) -> None:
         """Takes a part of a cluster, or all of it, into the cache, or writes it in place."""
         length = part.nbytes
-        entry = self._cache.get(cluster)
+        entry = self._cache.entries.get(cluster)
         if entry is None:
             host = self._place_of(cluster, within, length)
             if host:
@@ -340,12 +336,10 @@ class Writer:
         else:
             self.counters["hits"] += 1
         part.copy_into(memoryview(entry.data)[within : within + length])
-        if not entry.unlogged:
-            self._unlogged_entries[cluster] = entry
-        self._unlogged += entry.mark(within, length)
+        self._cache.mark(cluster, entry, within, length)
 
     def _add_entry(self, cluster: int, *, whole: bool) -> Entry:
-        if len(self._cache) >= self._limit:
+        if not self._cache.has_room:
             raise _CacheFullError
         data = bytearray(self._cluster_size)
         if not whole:
@@ -355,8 +349,8 @@ class Writer:
             # And what is cut off in front of it.
             cost += 2 * self._cluster_size
         self._space.reserve(cost)
-        entry = self._cache[cluster] = Entry(data, cost)
-        if len(self._cache) > self._limit // 2:
+        entry = self._cache.entries[cluster] = Entry(data, cost)
+        if len(self._cache) > self._cache.limit // 2:
             self._call_destagers()
         return entry
 
@@ -382,7 +376,7 @@ class Writer:
         if cluster % size or self._image.backing is not None:
             return 0
         first = cluster >> tables.l2_bits
-        cached = {dirty >> tables.l2_bits for dirty in self._cache}
+        cached = {dirty >> tables.l2_bits for dirty in self._cache.entries}
         for number in range(min(count >> tables.l2_bits, _TABLES_AT_ONCE)):
             if first + number in cached or tables.l1(first + number) & OFFSET:
                 return number << tables.l2_bits
@@ -399,29 +393,25 @@ class Writer:
             self._fail(OSError(errno.EUCLEAN, _text(error)))
             raise
         if mapped:
-            entry = self._cache.pop(cluster, None)
-            if entry is not None:
-                self._forget(cluster, entry)
+            self._forget(cluster)
         else:
             self._put(cluster, 0, IoVec([bytes(self._cluster_size)]))
 
     def _zero_part(self, cluster: int, within: int, length: int) -> None:
-        if cluster not in self._cache:
+        if cluster not in self._cache.entries:
             parts = self._image.extents((cluster << self._bits) + within, length, wait=False)
             below = self._changes.shines_through(cluster)
             if all(part.kind == Kind.ZERO or (part.kind == Kind.UNALLOCATED and not below) for part in parts):
                 return
         self._put(cluster, within, IoVec([bytes(length)]))
 
-    def _forget(self, cluster: int, entry: Entry) -> None:
-        """An entry has left the cache."""
-        self._unlogged_entries.pop(cluster, None)
-        self._logged -= entry.logged.bit_count() * UNIT
-        self._unlogged -= entry.unlogged.bit_count() * UNIT
+    def _forget(self, cluster: int) -> None:
+        """The file has this cluster as it is, or it is not there any more."""
+        entry = self._cache.remove(cluster)
+        if entry is None:
+            return
         self._space.release(entry.cost)
-        # Whoever is destaging it sees that it is not what it was.
-        entry.version += 1
-        if self._room and len(self._cache) < self._limit:
+        if self._room and self._cache.has_room:
             self._room.unpark_all()
 
     # Destaging.
@@ -432,9 +422,9 @@ class Writer:
     async def _destager(self) -> None:
         try:
             while not self._closing.is_set():
-                many_logged = self._log is not None and self._logged > self._log.half_size // 8
-                keep = 0 if many_logged else self._limit * 3 // 8
-                batch = [] if self._failed else self._pick(self._batch, keep)
+                many_logged = self._log is not None and self._cache.logged > self._log.half_size // 8
+                keep = 0 if many_logged else self._cache.limit * 3 // 8
+                batch = [] if self._failed else self._cache.pick(self._batch, keep)
                 if not batch:
                     await self._work.park()
                     continue
@@ -502,32 +492,6 @@ class Writer:
             self._ended.set()
             self._room.unpark_all()
 
-    def _pick(self, room: int, keep: int) -> list[tuple[int, Entry]]:
-        """Entries to destage, the oldest first; those that were changed lately get another turn."""
-        found = []
-        wanted = min(len(self._cache) - keep, room)
-        if wanted <= 0:
-            return []
-        later = []
-        for cluster, entry in self._cache.items():
-            if entry.busy:
-                continue
-            if entry.touched and keep:
-                entry.touched = False
-                later.append(cluster)
-                if len(later) > 4 * room:
-                    break
-                continue
-            found.append((cluster, entry))
-            if len(found) == wanted:
-                break
-        if not found and later:
-            found = [(cluster, self._cache[cluster]) for cluster in later[:wanted]]
-        for cluster in later:
-            self._cache[cluster] = self._cache.pop(cluster)
-        found.sort(key=lambda pair: pair[0])
-        return found
-
     async def destage(self, *, logged_only: bool = False, locked: bool = False) -> None:
         """Writes back what is dirty now; what is changed meanwhile may stay.
 
@@ -535,11 +499,12 @@ class Writer:
             logged_only: Leave alone what no record has.
             locked: The caller has the lock of the commits.
         """
-        versions = {cluster: entry.version for cluster, entry in self._cache.items() if entry.logged or not logged_only}
+        entries = self._cache.entries
+        versions = {cluster: entry.version for cluster, entry in entries.items() if entry.logged or not logged_only}
         while versions:
             batch = []
             for cluster in list(versions):
-                entry = self._cache.get(cluster)
+                entry = entries.get(cluster)
                 if entry is None:
                     del versions[cluster]
                 elif not entry.busy:
@@ -557,7 +522,7 @@ class Writer:
         with trio.CancelScope(shield=True):
             # Nobody has to wait for these while they wait.
             await self._afford(self._cost(batch), locked=locked)
-            batch = [(cluster, entry) for cluster, entry in batch if self._is_idle(cluster, entry)]
+            batch = [(cluster, entry) for cluster, entry in batch if self._cache.is_idle(cluster, entry)]
             worst = self._cost(batch)
             jobs = self._jobs(batch)
             placed: list[Job] = []
@@ -609,9 +574,6 @@ class Writer:
         most = _BATCH >> self._bits
         return max(1, most if self._all_metadata() <= room else min(most, room // (_PAGES * self._pages.size)))
 
-    def _is_idle(self, cluster: int, entry: Entry) -> bool:
-        return self._cache.get(cluster) is entry and not entry.busy
-
     def _cost(self, batch: Sequence[tuple[int, Entry]]) -> int:
         """Bytes of metadata that the destaging of these may dirty, at most."""
         # One cluster of each table.
@@ -632,7 +594,7 @@ class Writer:
         """The data is written: the map may say so."""
         changes = self._changes
         for job in jobs:
-            if self._cache.get(job.cluster) is not job.entry or job.entry.version != job.version:
+            if self._cache.entries.get(job.cluster) is not job.entry or job.entry.version != job.version:
                 if job.stored != b"":
                     self._packer.give_back([job])
                 continue
@@ -649,8 +611,7 @@ class Writer:
                 # The map is changed by halves: what is in memory must never be in a record.
                 self._fail(OSError(errno.EUCLEAN, _text(error)))
                 raise
-            del self._cache[job.cluster]
-            self._forget(job.cluster, job.entry)
+            self._forget(job.cluster)
             self.counters["destaged"] += 1
 
     def _fail(self, error: OSError) -> None:
@@ -688,7 +649,7 @@ class Writer:
             return
         await self._sync_fresh()
         # Until the record is taken nothing more may come in that it has no room for.
-        while self._changed + (self._unlogged * 9 // 8 if pieces else 0) + 4096 > log.room:
+        while self._changed + (self._cache.unlogged * 9 // 8 if pieces else 0) + 4096 > log.room:
             self._open_gate()
             await self._checkpoint()
             if pieces:
@@ -702,7 +663,7 @@ class Writer:
             self._open_gate()
         await self._append(log, record)
         self._release(dropped)
-        if self._logged > log.half_size // 8:
+        if self._cache.logged > log.half_size // 8:
             self._call_destagers()
 
     async def _append(self, log: Log, record: Record) -> None:
@@ -720,13 +681,13 @@ class Writer:
     async def _thin_out(self, limit: int) -> None:
         """Destages until the cache has no more than so many bytes for the log: a record of images has room for them."""
         for _ in range(2):
-            if self._unlogged + self._logged <= limit:
+            if self._cache.unlogged + self._cache.logged <= limit:
                 return
             await self.destage(locked=True)
-        while self._unlogged + self._logged > limit:
+        while self._cache.unlogged + self._cache.logged > limit:
             # Others write as fast.
             await self._afford(self._batch * self._worst, locked=True)
-            batch = [(cluster, entry) for cluster, entry in self._cache.items() if not entry.busy][: self._batch]
+            batch = self._cache.idle(self._batch)
             if batch:
                 self._destage_now(batch)
             else:
@@ -734,7 +695,7 @@ class Writer:
 
     def _pending(self, *, pieces: bool = True) -> bool:
         changes = self._changes
-        return bool((pieces and self._unlogged) or self._pages.changed or changes.settled or changes.dropped)
+        return bool((pieces and self._cache.unlogged) or self._pages.changed or changes.settled or changes.dropped)
 
     async def _sync_fresh(self) -> None:
         """Makes plain clusters durable that the next record maps, and lets no more come until it is taken."""
@@ -761,22 +722,10 @@ class Writer:
         changes = self._changes
         record = Record(self._pages.take_changes(images=images), sorted(changes.settled))
         record.extents = [(offset, length, crc) for offset, (length, crc) in changes.extents.items()]
-        parts: list[tuple[int, Entry, int]] = []
         if images:
-            parts = [(cluster, entry, entry.logged) for cluster, entry in self._cache.items() if entry.logged]
+            record.pieces = self._cache.logged_pieces()
         elif pieces:
-            parts = [(cluster, entry, entry.unlogged) for cluster, entry in self._unlogged_entries.items()]
-        for cluster, entry, mask in parts:
-            base = cluster << self._bits
-            for start, length in runs(mask):
-                record.pieces.append((base + start, bytes(entry.data[start : start + length])))
-            if not images:
-                self._logged += (mask & ~entry.logged).bit_count() * UNIT
-                entry.logged |= mask
-                entry.unlogged = 0
-        if pieces and not images:
-            self._unlogged = 0
-            self._unlogged_entries.clear()
+            record.pieces = self._cache.take_pieces()
         self._unsynced = False
         dropped, changes.dropped = changes.dropped, []
         metadata: list[int] = []
@@ -815,7 +764,7 @@ class Writer:
         while self._checkpointing is not None:
             await self._checkpointing.wait()
             self._check()
-        if not (self._pages.dirty or self._logged):
+        if not (self._pages.dirty or self._cache.logged):
             return
         await self._sync_fresh()
         try:
@@ -945,9 +894,8 @@ class Writer:
         session, end = await self._in_thread(resume, self._image, chain)
         self._open_space(end)
         self._space.reserve(_SLACK * self._cluster_size)
-        for entry in self._cache.values():
+        for entry in self._cache.entries.values():
             entry.cost = 3 * self._cluster_size + 2 * SECTOR
-            self._logged += entry.logged.bit_count() * UNIT
             self._space.reserve(entry.cost)
         self._session, self._log = session, session.log
         await self.destage()
