@@ -32,7 +32,7 @@ from tcmu_rs.handlers.file import FileHandler
 from tcmu_rs.handlers.ram import RamHandler
 
 from .micro import Async, Blocking, Memory, Plain, resident, serve
-from .report import against, plot, publish, stated, table
+from .report import README, against, claims, plot, publish, stated, table
 
 SIZE = 64 << 20
 DEPTHS = (1, 8, 32, 128)
@@ -276,7 +276,7 @@ def main() -> None:
                 log_y=True,
             )
         )
-    publish("bench.simulator", "\n\n".join(text), write=arguments.write, claims=[claim])
+    publish("bench.simulator", "\n\n".join(text), write=arguments.write, elsewhere={README: claims([claim])})
 
 
 if __name__ == "__main__":

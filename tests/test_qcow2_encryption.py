@@ -98,7 +98,7 @@ async def test_a_thief_finds_nothing_in_the_log_either(tmp_path: Path) -> None:
         await disk.write(4096, IoVec([secret[:65536]]))
         await disk.write(512 * 1001, IoVec([secret[:512]]))
         await disk.flush()
-        assert disk.statistics()["dirty"]
+        assert disk.statistics()["dirty_bytes"]
         shutil.copy(path, left)
     for file in (path, left):
         data = file.read_bytes()

@@ -94,14 +94,6 @@ class Cache:
             entry.version += 1
         return entry
 
-    def is_idle(self, cluster: int, entry: Entry) -> bool:
-        """Whether this is still the entry of a cluster, and nobody destages it."""
-        return self.entries.get(cluster) is entry and not entry.busy
-
-    def idle(self, count: int) -> list[tuple[int, Entry]]:
-        """So many that nobody destages, the oldest."""
-        return [(cluster, entry) for cluster, entry in self.entries.items() if not entry.busy][:count]
-
     def pick(self, room: int, keep: int) -> list[tuple[int, Entry]]:
         """Entries to destage, the oldest first; those that were changed lately get another turn.
 

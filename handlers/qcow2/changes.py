@@ -41,6 +41,8 @@ class Changes:
         self._bits = image.header.cluster_bits
         self._cluster_size = image.header.cluster_size
         self._extended = image.header.extended_l2
+        # In a data file nobody counts.
+        self._external = image.payload.external
         self.refcounts = Refcounts(image.pages, image.header)
         self.settled: set[int] = set()
         self.extents: dict[int, tuple[int, int]] = {}
@@ -61,8 +63,9 @@ class Changes:
         self._map(cluster, self._tables.describe(offset, length), 0)
 
     def map_plain(self, cluster: int, host: int) -> None:
-        """A guest cluster is what was written to a host cluster taken from the free space."""
-        self._count(host >> self._bits)
+        """A guest cluster is what was written to a host cluster taken from the free space, or to the data file."""
+        if not self._external:
+            self._count(host >> self._bits)
         self.fresh = True
         self._map(cluster, host | COPIED, ALL_SUBCLUSTERS)
 
@@ -125,7 +128,7 @@ class Changes:
                     self.drop_cluster(host << self._bits)
             if cluster < self.scanned or offset >= self.scan_stop:
                 self.dropped.append((offset, length))
-        elif entry & OFFSET:
+        elif entry & OFFSET and not self._external:
             host = self._tables.host(entry)
             if not self.refcounts.add(host >> self._bits, -1):
                 self.drop_cluster(host)

@@ -15,7 +15,7 @@ from .codecs import Codec, Place, damage
 from .header import DATA_FILE, Header
 from .log import Chain
 from .pages import Cold, Pages
-from .payload import Payload, read_plain
+from .payload import Cipher, Payload, read_plain
 from .storage import Buffer, Storage
 from .tables import COMPRESSED, SUBCLUSTERS, ZERO, Tables
 
@@ -112,6 +112,7 @@ class Image:
     Attributes:
         cache: Clusters that are newer in memory than in the file.
         block_size: Bytes of a logical block, for the LBA in errors.
+        reads: Commands that have read, so that those who should not be in the way know.
         chain: What was found in the log, if there is one.
         log_range: Where the log is, from and to.
     """
@@ -135,10 +136,11 @@ class Image:
         self.backing = backing
         self.payload = payload or Payload(storage)
         self.block_size = 512
+        self.reads = 0
         self.chain: Chain | None = None
         self.log_range = (0, 0)
         self.cache: dict[int, Entry] = {}
-        self.codec = Codec(header.compression_type, header.cluster_size)
+        self.codec = Codec(header.compression_type, header.cluster_size, header.level)
         self._hot: dict[int, bytes] = {}
         self._scratch = memoryview(bytearray(2 * header.cluster_size + 512))
         # Where a read begins that goes on with the last one.
@@ -154,6 +156,13 @@ class Image:
         """Whether this image, or one below it, is encrypted."""
         below = self.backing
         return self.payload.cipher is not None or (isinstance(below, Image) and below.is_encrypted)
+
+    def ciphers(self) -> dict[str, Cipher]:
+        """Those of this image and of the ones below it, by path."""
+        found = self.backing.ciphers() if isinstance(self.backing, Image) else {}
+        if self.payload.cipher is not None:
+            found[str(self.storage.path)] = self.payload.cipher
+        return found
 
     def close(self) -> None:
         """Closes all files."""

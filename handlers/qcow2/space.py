@@ -23,6 +23,10 @@ _STEP = 8 << 20
 # Users of a sector; 255 is more than was counted.
 _ONE_MORE = bytes(min(count + 1, 255) for count in range(256))
 _ONE_LESS = bytes(255 if count == 255 else max(count - 1, 0) for count in range(256))
+_UNIT = 128
+"""Sectors that compaction empties: so many are worth giving back."""
+_FRAGMENTED = _UNIT // 4
+"""Free sectors that make it worth to do so."""
 
 
 class Holes:
@@ -111,6 +115,10 @@ class Holes:
         if first + length < stop:
             self._insert(first + length, stop - first - length)
 
+    def all(self) -> list[tuple[int, int]]:
+        """Start and length of all of them."""
+        return list(self._lengths.items())
+
     def take_last(self, stop: int) -> int | None:
         """Removes the hole that ends at `stop`, and returns its start; None if there is none."""
         start = self._starts.get(stop)
@@ -143,6 +151,8 @@ class Space:
         self._reserved_end = end
         self._reserved = 0
         self._can_reserve = True
+        # Units that are being emptied: nothing gets there.
+        self._aside: set[int] = set()
         # While the image is looked through: what is free between these two is found by that, and not yet to be used.
         self._walked = self._unknown = 0
 
@@ -186,6 +196,11 @@ class Space:
     def release(self, length: int) -> None:
         """What was reserved is used, or not needed."""
         self._reserved -= length
+
+    @property
+    def ahead(self) -> int:
+        """Bytes behind the end that the file takes already, for what will be written."""
+        return max(0, self._reserved_end - self.end) if self._can_reserve else 0
 
     # Allocation.
 
@@ -296,10 +311,15 @@ class Space:
         """Sectors are free now, but for those that will be found to be."""
         low, high = self._walked // SECTOR, self._unknown // SECTOR
         stop = start + count
-        if start < min(stop, low):
-            self.holes.add(start, min(stop, low) - start)
-        if max(start, low, high) < stop:
-            self.holes.add(max(start, low, high), stop - max(start, low, high))
+        for first, last in ((start, min(stop, low)), (max(start, low, high), stop)):
+            if not self._aside and first < last:
+                self.holes.add(first, last - first)
+            while self._aside and first < last:
+                # What is set aside is added when it is put back.
+                step = min(last, (first // _UNIT + 1) * _UNIT)
+                if first // _UNIT not in self._aside:
+                    self.holes.add(first, step - first)
+                first = step
 
     def knows(self, offset: int) -> bool:
         """Whether the sectors there are counted."""
@@ -319,7 +339,7 @@ class Space:
             # Those without users are holes already.
             if users is not None and users[at]:
                 users[at] = 0
-                if not found_later:
+                if not found_later and sector // _UNIT not in self._aside:
                     self.holes.add(sector, 1)
 
     # Looking through an image that others have written.
@@ -368,6 +388,66 @@ class Space:
     def end_scan(self) -> None:
         """Everything is known."""
         self._walked = self._unknown = 0
+
+    # Compaction.
+
+    @staticmethod
+    def unit_of(offset: int) -> int:
+        """The unit that a byte of the file is in."""
+        return offset // (_UNIT * SECTOR)
+
+    def sparse_units(self) -> Iterator[list[int]]:
+        """Units that have many small holes, and so cannot be given back; some at a time."""
+        if not self.packed or self._unknown:
+            return
+        large = bytes(_EXACT)
+        for region, users in list(self._users.items()):
+            found = []
+            for start in range(0, _REGION, _UNIT):
+                free = users.count(0, start, start + _UNIT)
+                if (
+                    _FRAGMENTED <= free < _UNIT
+                    # A table, or what others keep here.
+                    and users.find(255, start, start + _UNIT) < 0
+                    and users.find(large, start, start + _UNIT) < 0
+                    and (region * _REGION + start + _UNIT) * SECTOR <= self.end
+                ):
+                    found.append((region * _REGION + start) // _UNIT)
+            yield found
+
+    def set_aside(self, units: set[int]) -> None:
+        """Lets nothing more get into these units."""
+        self._aside = units
+        for start, length in self.holes.all():
+            # What lies between these two is free as a whole, and is not set aside.
+            first, last = start // _UNIT, (start + length - 1) // _UNIT
+            keep = (first + 1) * _UNIT if first in units else start
+            stop = last * _UNIT if last in units else start + length
+            if (keep, stop) != (start, start + length):
+                self.holes.remove(start)
+                if stop > keep:
+                    self.holes.add(keep, stop - keep)
+
+    def put_back(self) -> None:
+        """What is free in them may be used again."""
+        units, self._aside = self._aside, set()
+        for unit in units:
+            for start, length in self._free_in(unit):
+                self.holes.add(start, length)
+
+    def _free_in(self, unit: int) -> Iterator[tuple[int, int]]:
+        """Start and length of the runs of sectors without users in a unit."""
+        users = self._users.get(unit * _UNIT // _REGION)
+        if users is None:
+            return
+        base = unit * _UNIT // _REGION * _REGION
+        at, stop = unit * _UNIT - base, (unit + 1) * _UNIT - base
+        while (at := users.find(0, at, stop)) >= 0:
+            end = at
+            while end < stop and not users[end]:
+                end += 1
+            yield base + at, end - at
+            at = end
 
     def forget_sectors(self) -> None:
         """From now on only whole clusters are used again: others have become users of sectors, too."""

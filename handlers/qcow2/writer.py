@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 import trio
 
-from tcmu_rs import IoVec
+from tcmu_rs import IoVec, MediumError
 
 from ._errors import Qcow2Error
 from .branching import Branching
 from .cache import Cache, Entry
 from .changes import Changes
-from .header import DATA_FILE, DIRTY, SECTOR, LogPlace
+from .compaction import RATE, Compactor
+from .header import DIRTY, SECTOR, LogPlace
 from .image import Image, Kind
 from .log import STATES, Chain, Log, Record
 from .packing import Job, Packer
@@ -58,6 +59,21 @@ def _text(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
+def _check_external(image: Image, *, compress: bool) -> None:
+    """Refuses what does not go with a data file.
+
+    Raises:
+        Qcow2Error: Compression, or a raw file over a backing file.
+    """
+    path = image.storage.path
+    if compress:
+        raise Qcow2Error(f"{path} has an external data file, which has no compressed clusters: use qcow2:PATH")
+    if image.payload.raw and image.backing is not None:
+        raise Qcow2Error(
+            f"{path} has a raw data file, and a backing file that it would have to show: attach it read-only"
+        )
+
+
 class _CacheFullError(Exception):
     """There is no room for another dirty cluster now."""
 
@@ -72,6 +88,7 @@ class Writer:
         cache_size: Bytes of dirty clusters to keep.
         log_size: Bytes of the log; by default it goes with the size of the disk.
         idle: Seconds without a write after which everything is written back; None for never.
+        compaction: Bytes of clusters that are moved in a second while the disk is idle.
 
     Raises:
         Qcow2Error: The image cannot be written.
@@ -86,10 +103,11 @@ class Writer:
         cache_size: int = CACHE,
         log_size: int | None = None,
         idle: float | None = IDLE,
+        compaction: int = RATE,
     ) -> None:
         header = image.header
-        if header.incompatible & DATA_FILE:
-            raise Qcow2Error(f"{image.storage.path} has an external data file: attach it read-only")
+        if image.payload.external:
+            _check_external(image, compress=compress)
         if header.incompatible & DIRTY and chain is None:
             raise Qcow2Error(
                 f"the refcounts of {image.storage.path} are not up to date: run `qemu-img check -r all`, "
@@ -121,11 +139,13 @@ class Writer:
         # Bytes that the changes on their way may dirty.
         self._promised = 0
         self._idle = idle
+        self._compaction = compaction
         self._chain = chain
         self._log: Log | None = None
         self._space: Space
         self._changes: Changes
         self._packer: Packer
+        self._compactor: Compactor | None = None
         self._session: Session | None = None
         self._unsynced = False
         self._failed: OSError | None = None
@@ -134,6 +154,10 @@ class Writer:
         self._writes = 0
         self._commit_lock = trio.Lock()
         self._start_lock = trio.Lock()
+        # Who takes holes out for a while: nobody else must put them back.
+        self._tidying = trio.Lock()
+        # Clusters that are being written to the data file: there is one place for each.
+        self._flying: set[int] = set()
         self._checkpointing: trio.Event | None = None
         self._gate: trio.Event | None = None
         self._room = trio.lowlevel.ParkingLot()
@@ -142,14 +166,14 @@ class Writer:
         self._background = 0
         self._ended = trio.Event()
         self.counters = {
-            "hits": 0,
-            "misses": 0,
+            "cache_hits": 0,
+            "cache_misses": 0,
             "destaged": 0,
             "in_place": 0,
             "commits": 0,
             "checkpoints": 0,
-            "compressed": 0,
-            "stored": 0,
+            "compressed_bytes": 0,
+            "stored_bytes": 0,
         }
 
     @property
@@ -162,12 +186,24 @@ class Writer:
         """Bytes of clusters that are newer in memory."""
         return len(self._cache) << self._bits
 
-    def statistics(self) -> dict[str, int]:
+    def statistics(self) -> dict[str, float]:
         """What the handler tells."""
         if self._log is None:
             return {}
-        free = (self._space.holes.sectors + self._space.clusters.sectors) * SECTOR
-        return {"dirty": self.dirty, "free": free, **self.counters}
+        found: dict[str, float] = {
+            "file_bytes": self._storage.allocated - self._space.ahead,
+            "reserved_bytes": self._space.ahead,
+            "free_bytes": (self._space.holes.sectors + self._space.clusters.sectors) * SECTOR,
+            "dirty_bytes": self.dirty,
+            "log_bytes": self._log.half_size,
+            "log_used_bytes": self._log.half_size - self._log.room,
+            **self.counters,
+        }
+        if self.counters["stored_bytes"]:
+            found["ratio"] = self.counters["compressed_bytes"] / self.counters["stored_bytes"]
+        if self._compactor is not None:
+            found |= {"compactions": self._compactor.passes, "moved": self._compactor.moved}
+        return found
 
     # Commands.
 
@@ -332,9 +368,9 @@ class Writer:
                 self.counters["in_place"] += 1
                 return
             entry = self._add_entry(cluster, whole=length == self._cluster_size)
-            self.counters["misses"] += 1
+            self.counters["cache_misses"] += 1
         else:
-            self.counters["hits"] += 1
+            self.counters["cache_hits"] += 1
         part.copy_into(memoryview(entry.data)[within : within + length])
         self._cache.mark(cluster, entry, within, length)
 
@@ -349,6 +385,12 @@ class Writer:
             # And what is cut off in front of it.
             cost += 2 * self._cluster_size
         self._space.reserve(cost)
+        if self._payload.external:
+            try:
+                self._payload.storage.allocate(cluster << self._bits, self._cluster_size)
+            except OSError:
+                self._space.release(cost)
+                raise
         entry = self._cache.entries[cluster] = Entry(data, cost)
         if len(self._cache) > self._cache.limit // 2:
             self._call_destagers()
@@ -384,6 +426,14 @@ class Writer:
 
     def _zero(self, cluster: int) -> None:
         """A whole cluster is zero."""
+        if self._payload.raw:
+            # The map stays: what it names has to be zero, for those who do not read it.
+            where = cluster << self._bits, self._cluster_size
+            if cluster in self._cache.entries or cluster in self._flying or not self._payload.zero(*where):
+                self._put(cluster, 0, IoVec([bytes(self._cluster_size)]))
+            else:
+                self._unsynced = True
+            return
         if self._changes.needs_table(cluster) and self._changes.shines_through(cluster):
             self._space.reserve(3 * self._cluster_size)
             self._space.release(3 * self._cluster_size)
@@ -394,6 +444,9 @@ class Writer:
             raise
         if mapped:
             self._forget(cluster)
+            if self._payload.external and cluster not in self._flying:
+                # Zero is what it may be from now on, also if the power fails.
+                self._payload.zero(cluster << self._bits, self._cluster_size)
         else:
             self._put(cluster, 0, IoVec([bytes(self._cluster_size)]))
 
@@ -450,21 +503,67 @@ class Writer:
                     await self._try(self.checkpoint)
                     await self._try(self.punch)
                     clean = now
+                elif now == clean and not self._failed:
+                    await self._try(self._compact)
                 last = now
         finally:
             self._leave()
+
+    async def _compact(self) -> None:
+        """Empties what is mostly free, and gives it back."""
+        if self._compactor is None:
+            return
+        async with self._tidying:
+            moved = await self._compactor.run()
+        if moved:
+            await self.checkpoint()
+            await self.punch()
+
+    async def _rewrite(self, clusters: Sequence[int]) -> int:
+        """Stores clusters at another place, as if they had been written; returns how many it were.
+
+        It never waits for room in the cache: those who make it have no duty to compaction, and may be gone.
+        """
+        count = 0
+        waiting = list(clusters)
+        while waiting:
+            batch: list[tuple[int, Entry]] = []
+            try:
+                while waiting and len(batch) <= self._cache.limit // 2:
+                    cluster = waiting[-1]
+                    entry = await self._take_in(cluster)
+                    if entry is not None and self._is_idle(cluster, entry):
+                        batch.append((cluster, entry))
+                    waiting.pop()
+            except _CacheFullError:
+                if not batch:
+                    break
+            await self._destage(batch)
+            count += len(batch)
+        return count
+
+    async def _take_in(self, cluster: int) -> Entry | None:
+        """The entry of a cluster in the cache; None if it is damaged: whoever reads it has to be told."""
+        while True:
+            try:
+                return self._cache.entries.get(cluster) or self._add_entry(cluster, whole=False)
+            except Cold as cold:
+                await trio.to_thread.run_sync(cold.warm)
+            except MediumError:
+                return None
 
     async def punch(self) -> None:
         """Gives free space back to the file system; nobody gets it meanwhile."""
         if not self._space.freed:
             return
-        self._space.freed = False
-        found = self._space.take_large()
         with trio.CancelScope(shield=True):
-            try:
-                await trio.to_thread.run_sync(self._punch, found)
-            finally:
-                self._space.give_back(found)
+            async with self._tidying:
+                self._space.freed = False
+                found = self._space.take_large()
+                try:
+                    await trio.to_thread.run_sync(self._punch, found)
+                finally:
+                    self._space.give_back(found)
 
     def _punch(self, found: Sequence[tuple[Any, int, int]]) -> None:
         """In a thread."""
@@ -522,7 +621,7 @@ class Writer:
         with trio.CancelScope(shield=True):
             # Nobody has to wait for these while they wait.
             await self._afford(self._cost(batch), locked=locked)
-            batch = [(cluster, entry) for cluster, entry in batch if self._cache.is_idle(cluster, entry)]
+            batch = [(cluster, entry) for cluster, entry in batch if self._is_idle(cluster, entry)]
             worst = self._cost(batch)
             jobs = self._jobs(batch)
             placed: list[Job] = []
@@ -540,8 +639,7 @@ class Writer:
                 self._settle(jobs)
             finally:
                 self._promised -= worst
-                for job in jobs:
-                    job.entry.busy = False
+                self._landed(jobs)
                 self._room.unpark_all()
 
     def _destage_now(self, batch: Sequence[tuple[int, Entry]]) -> None:
@@ -555,14 +653,21 @@ class Writer:
             self._packer.give_back(placed)
             raise
         finally:
-            for job in jobs:
-                job.entry.busy = False
+            self._landed(jobs)
         self._settle(jobs)
+
+    def _landed(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.entry.busy = False
+        if self._payload.external:
+            self._flying.difference_update(job.cluster for job in jobs)
 
     def _jobs(self, batch: Sequence[tuple[int, Entry]]) -> list[Job]:
         jobs = []
         for cluster, entry in batch:
             entry.busy = True
+            if self._payload.external:
+                self._flying.add(cluster)
             jobs.append(Job(cluster, entry, entry.version, bytes(entry.data)))
         return jobs
 
@@ -573,6 +678,9 @@ class Writer:
         room = self._log.half_size // 4
         most = _BATCH >> self._bits
         return max(1, most if self._all_metadata() <= room else min(most, room // (_PAGES * self._pages.size)))
+
+    def _is_idle(self, cluster: int, entry: Entry) -> bool:
+        return self._cache.entries.get(cluster) is entry and not entry.busy and cluster not in self._flying
 
     def _cost(self, batch: Sequence[tuple[int, Entry]]) -> int:
         """Bytes of metadata that the destaging of these may dirty, at most."""
@@ -605,8 +713,8 @@ class Writer:
                     changes.map_plain(job.cluster, job.place)
                 else:
                     changes.map_frame(job.cluster, job.place, len(job.stored), job.crc)
-                    self.counters["compressed"] += self._cluster_size
-                    self.counters["stored"] += len(job.stored)
+                    self.counters["compressed_bytes"] += self._cluster_size
+                    self.counters["stored_bytes"] += len(job.stored)
             except Exception as error:
                 # The map is changed by halves: what is in memory must never be in a record.
                 self._fail(OSError(errno.EUCLEAN, _text(error)))
@@ -645,7 +753,7 @@ class Writer:
                 self._commits += 1
                 if self._unsynced:
                     self._unsynced = False
-                    await self._in_thread(self._storage.fdatasync)
+                    await self._in_thread(self._payload.storage.fdatasync)
             return
         await self._sync_fresh()
         # Until the record is taken nothing more may come in that it has no room for.
@@ -675,6 +783,9 @@ class Writer:
         if len(data) > log.room:
             self._fail(OSError(errno.EFBIG, f"{len(data)} bytes of changes do not fit into the log"))
             self._check()
+        if self._payload.external:
+            # What the record names, and all that was written in place before it was taken.
+            await self._in_thread(self._payload.storage.fdatasync)
         await self._in_thread(log.append, data)
         self.counters["commits"] += 1
 
@@ -687,7 +798,7 @@ class Writer:
         while self._cache.unlogged + self._cache.logged > limit:
             # Others write as fast.
             await self._afford(self._batch * self._worst, locked=True)
-            batch = self._cache.idle(self._batch)
+            batch = [pair for pair in self._cache.entries.items() if self._is_idle(*pair)][: self._batch]
             if batch:
                 self._destage_now(batch)
             else:
@@ -701,8 +812,8 @@ class Writer:
         """Makes plain clusters durable that the next record maps, and lets no more come until it is taken."""
         self._gate = trio.Event()
         try:
-            if self._changes.fresh:
-                self._changes.fresh = False
+            fresh, self._changes.fresh = self._changes.fresh, False
+            if fresh and not self._payload.external:
                 self._unsynced = False
                 await self._in_thread(self._storage.fdatasync)
         except BaseException:
@@ -858,6 +969,16 @@ class Writer:
             await scanner.scan(self._closing)
         else:
             tasks.append(lambda: self._scan(scanner))
+        if self._packer.can_compact:
+            self._compactor = Compactor(
+                self._image,
+                self._space,
+                rewrite=self._rewrite,
+                flush=self._settle_map,
+                activity=lambda: self._writes + self._image.reads,
+                closing=self._closing,
+                rate=self._compaction,
+            )
         self._background = len(tasks)
         for task in tasks:
             trio.lowlevel.spawn_system_task(task)
@@ -923,6 +1044,7 @@ class Writer:
                 await self.checkpoint()
             self._check()
             await self.punch()
+            await self._in_thread(self._payload.finish, self._image.size)
             end = self._space.trim(*self._image.log_range)
             await self._in_thread(renounce, self._image, self._session, end)
             self._log = None

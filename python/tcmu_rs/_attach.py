@@ -99,6 +99,12 @@ class AttachedDevice:
         await self._server.resize(size, shrink=shrink, within=within)
         await _blocking(_lio.rescan, _lio.Backstore(self.name, self.hba, self.wwn))
 
+    async def change_snapshots(self, action: str, name: str, *, within: float = GRACE) -> None:
+        """Keeps the state of the disk, which stays in service, or forgets one: see `Device.change_snapshots`."""
+        if self._server is None:
+            raise RuntimeError(f"device {self.name} is not served yet")
+        await self._server.change_snapshots(action, name, within=within)
+
     def hurry(self) -> None:
         """Ends the grace period of the detaching, that in progress or the coming one."""
         self._hurry.set()

@@ -14,26 +14,23 @@ cancels the scope of the command meant; the worker then enters a new one.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import traceback
 import types
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import trio
 
 from . import _errors, _native, _statistics, _watchdog
+from ._calls import Calls
 from ._domain import NOT_REACHABLE, CopyDomain, Piece
-from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, colour_of, has
+from ._handler import Colour, Handler, Verb, colour_of, has
 from ._late import Overseer, Suspended
 from ._polling import Polling
 from ._slot import Face, NobodyServesError, Slot
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("tcmu_rs")
 
@@ -56,7 +53,6 @@ _BUG = _errors.HardwareError.failure
 _INVALID_OPCODE = _errors.Failure(_errors.CHECK_CONDITION, 0x5, 0x20, 0x00)
 
 _Coroutine = Coroutine[Any, Any, Any]
-_Call = Callable[["_native.Command"], "_Coroutine | None"]
 _Begun = tuple[_Coroutine, Any] | BaseException | None
 """How far a command is: a coroutine that has suspended, and what it waits for; what was raised; or not begun."""
 
@@ -151,15 +147,12 @@ class Device:
         self._set_kernel_size = set_kernel_size
         self._copies = 0
         self._waiting_pieces: dict[int, Piece] = {}
-        self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._max_in_flight = handler.max_in_flight
-        self._names: dict[int | None, str]
-        self._calls: dict[int | None, _Call] = self._find_calls()
-        self._methods = self._find_methods()
         self._pending: deque[_native.Command] = deque()
         self._idle: list[trio.lowlevel.Task] = []
         self._suspended: dict[int, Suspended] = {}
         self._overseer = Overseer(name, deadline, self._suspended, self._waiting, self._turn_away_late)
+        self._calls = Calls(handler, self._overseer, self._start_copy)
         self._workers = 0
         self._running = 0
         self._pumping = False
@@ -187,7 +180,18 @@ class Device:
             running=self._running,
             pending=len(self._waiting()),
             late=self._overseer.late(),
+            storage=self._storage_statistics(),
         )
+
+    def _storage_statistics(self) -> Mapping[str, float]:
+        if self._parked is not None:
+            # It may just be closed.
+            return {}
+        try:
+            return _statistics.numbers(self.handler.statistics())
+        except Exception:
+            logger.exception("%s: %s.statistics() failed", self.name, type(self.handler).__name__)
+            return {}
 
     def stop(self) -> None:
         """Asks the device to stop: no new commands, then as when its task is cancelled."""
@@ -323,6 +327,35 @@ class Device:
                 with trio.CancelScope(shield=True):
                     await self._set_size(size)
 
+    async def change_snapshots(self, action: str, name: str, *, within: float = GRACE) -> None:
+        """Keeps the state of the disk, or forgets one that was kept, while the disk stays in service.
+
+        Commands that have begun end first; those that come wait. So the state is of one moment, with everything that
+        was answered: to whoever has written to the disk it is as after a power cut.
+
+        Args:
+            action: `create` or `delete`.
+            name: Of the state.
+            within: Seconds for what has begun to end.
+
+        Raises:
+            TypeError: The handler has no `change_snapshots`.
+            ValueError: It is another action. To go back to a state would change the disk under its users.
+            TooSlowError: Commands did not end in time.
+            BusyResourceError: A replacement, a change of the size or an upgrade is under way.
+            DeviceError: The device ended meanwhile.
+            Exception: What `change_snapshots` raised.
+        """
+        if action not in ("create", "delete"):
+            raise ValueError(f"{action} would change {self.name} under those who use it: detach it first")
+        if not has(self.handler, "change_snapshots"):
+            raise TypeError(f"{type(self.handler).__name__} has no snapshots in service: detach {self.name} first")
+        async with self._parking():
+            with trio.fail_after(within):
+                await self._quiesce()
+            with trio.CancelScope(shield=True):
+                await self._invoke("change_snapshots", action, name)
+
     async def _set_size(self, size: int) -> None:
         handler = self.handler
         if size < self.size:
@@ -383,7 +416,7 @@ class Device:
     async def _invoke(self, name: str, *args: Any) -> None:
         method: Callable[..., Any] = getattr(self.handler, name)
         if colour_of(method) is Colour.BLOCKING:
-            await trio.to_thread.run_sync(method, *args, limiter=self._limiter)
+            await trio.to_thread.run_sync(method, *args, limiter=self._calls.limiter)
         elif (result := method(*args)) is not None:
             await result
 
@@ -394,12 +427,10 @@ class Device:
         if handler is not self.handler:
             self.handler = handler
             self._max_in_flight = handler.max_in_flight
-            self._limiter = trio.CapacityLimiter(handler.max_in_flight)
-            self._calls = self._find_calls()
-            self._methods = self._find_methods()
+            self._calls = Calls(handler, self._overseer, self._start_copy)
             intercept = has(handler, "scsi_command")
             self._ring.serve_another(intercept=intercept, fills_reads=getattr(handler, "fills_reads", False))
-        whole = None in self._calls
+        whole = self._calls.has(None)
         # Each is answered, needs the handler, or has to wait for others and comes out of the ring again.
         with suppress(_errors.DeviceError):
             self._pending.extend([cmd for cmd in parked if whole or cmd.emulate()])
@@ -415,125 +446,6 @@ class Device:
 
         if self._nursery is not None:
             self._nursery.start_soon(fail)
-
-    # How each verb is called, decided once.
-
-    def _find_calls(self) -> dict[int | None, _Call]:
-        handler = self.handler
-        kind = type(handler).__name__
-        self._names = {None: f"{kind}.{self._method(None)}"} | {int(verb): f"{kind}.{METHODS[verb]}" for verb in Verb}
-        calls: dict[int | None, _Call] = {}
-        if not isinstance(handler, BlockHandler):
-            calls[None] = self._colour("command", lambda cmd: (cmd,), self._reply)
-            return calls
-        if has(handler, "scsi_command"):
-            calls[None] = self._colour("scsi_command", lambda cmd: (cmd,), self._reply_or_emulate)
-        arguments: dict[Verb, Callable[[_native.Command], tuple[Any, ...]]] = {
-            Verb.READ: lambda cmd: (cmd.offset, cmd.iov),
-            Verb.WRITE: lambda cmd: (cmd.offset, cmd.iov),
-            Verb.FLUSH: lambda cmd: (),
-            Verb.DISCARD: lambda cmd: (cmd.offset, cmd.length),
-            Verb.WRITE_ZEROES: lambda cmd: (cmd.offset, cmd.length),
-            Verb.EXTENTS: lambda cmd: (cmd.offset, cmd.length),
-        }
-        for verb, name in METHODS.items():
-            if has(handler, name):
-                calls[int(verb)] = self._colour(
-                    name,
-                    arguments[verb],
-                    self._set_extents if verb == Verb.EXTENTS else None,
-                    fua=verb == Verb.WRITE and handler.native_fua,
-                )
-        return calls
-
-    def _find_methods(self) -> _native.Methods:
-        """What `Command.run` calls by itself."""
-        handler = self.handler
-        found: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, bool]] = {}
-        if isinstance(handler, BlockHandler):
-            for verb in (Verb.READ, Verb.WRITE):
-                name = METHODS[verb]
-                if has(handler, name) and colour_of(method := getattr(handler, name)) is not Colour.BLOCKING:
-                    durable = None
-                    if verb == Verb.WRITE and handler.native_fua:
-                        method, durable = functools.partial(method, fua=False), functools.partial(method, fua=True)
-                    found[name] = method, durable, colour_of(getattr(handler, name)) is Colour.ASYNC
-        return _native.Methods(self._refuse, **found)
-
-    def _colour(
-        self,
-        name: str,
-        arguments: Callable[[_native.Command], tuple[Any, ...]],
-        finish: Callable[[_native.Command, Any], None] | None,
-        *,
-        fua: bool = False,
-    ) -> _Call:
-        method: Callable[..., Any] = getattr(self.handler, name)
-        colour = colour_of(method)
-
-        if colour is Colour.PLAIN:
-
-            def plain(cmd: _native.Command) -> None:
-                result = method(*arguments(cmd), fua=cmd.fua) if fua else method(*arguments(cmd))
-                if finish is None or isinstance(result, Awaitable):
-                    self._check_result(name, result)
-                else:
-                    finish(cmd, result)
-
-            return plain
-
-        if colour is Colour.ASYNC and finish is None:
-            # What the handler made is what the worker runs, with nothing around it.
-            if not fua:
-                return lambda cmd: method(*arguments(cmd))
-            return lambda cmd: method(*arguments(cmd), fua=cmd.fua)
-
-        async def suspended(cmd: _native.Command) -> None:
-            call = functools.partial(method, *arguments(cmd), **({"fua": cmd.fua} if fua else {}))
-            if colour is Colour.BLOCKING:
-                # Not abandoned on cancel: the thread may still be writing into the data area.
-                result = await trio.to_thread.run_sync(self._in_thread, cmd, call, limiter=self._limiter)
-            else:
-                result = await call()
-            if finish is not None:
-                finish(cmd, result)
-            else:
-                self._check_result(name, result)
-
-        return suspended
-
-    def _in_thread(self, cmd: _native.Command, call: Callable[[], Any]) -> Any:
-        with self._overseer.in_thread(cmd):
-            return call()
-
-    def _check_result(self, name: str, result: object) -> None:
-        if result is None:
-            return
-        what = f"{type(self.handler).__name__}.{name}()"
-        if isinstance(result, Awaitable):
-            if isinstance(result, Coroutine):
-                result.close()
-            raise TypeError(f"{what} is a plain function that returned an awaitable: write `async def`")
-        raise TypeError(f"{what} returned {result!r}: transfers are whole, return None")
-
-    def _refuse(self, verb: int, result: object) -> None:
-        self._check_result(self._method(verb), result)
-
-    def _reply(self, cmd: _native.Command, result: Any) -> None:
-        if result is not None and not isinstance(result, int):
-            raise TypeError(f"{type(self.handler).__name__} returned {result!r}: return None or a number of bytes")
-        cmd.succeed(result)
-
-    def _set_extents(self, cmd: _native.Command, result: Any) -> None:
-        cmd.set_extents([(int(length), int(state)) for length, state in result])
-
-    def _reply_or_emulate(self, cmd: _native.Command, result: Any) -> None:
-        if result is NotImplemented:
-            cmd.emulate()
-            if cmd.piece is not None:
-                self._start_copy(cmd)
-        else:
-            self._reply(cmd, result)
 
     # Workers.
 
@@ -659,7 +571,7 @@ class Device:
         Returns the first one that needs more, and how far it is.
         """
         self._dirty = True
-        pending, methods = self._pending, self._methods
+        pending, methods = self._pending, self._calls.methods
         while pending:
             cmd = pending.popleft()
             try:
@@ -681,13 +593,13 @@ class Device:
 
     def _call(self, cmd: _native.Command, verb: int | None) -> tuple[_Coroutine, Any] | None:
         """Calls the handler. Returns the coroutine and what it waits for, if it has suspended."""
-        coroutine = self._calls[verb](cmd)
+        coroutine = self._calls.call(verb, cmd)
         if coroutine is not None:
             try:
                 return coroutine, coroutine.send(None)
             except StopIteration as stop:
                 if stop.value is not None:
-                    self._check_result(self._method(verb), stop.value)
+                    self._calls.check_result(verb, stop.value)
         return None
 
     async def _suspended_in(
@@ -697,7 +609,7 @@ class Device:
         # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
         cmd_id = None if cmd.answered else cmd.id
         if cmd_id is not None:
-            self._suspended[cmd_id] = scope, cmd, self._names[verb], coroutine
+            self._suspended[cmd_id] = scope, cmd, self._calls.name(verb), coroutine
         self._call_workers()
         try:
             result = await _resume(coroutine, trap)
@@ -705,7 +617,7 @@ class Device:
             if cmd_id is not None:
                 self._not_suspended(cmd_id, cmd)
         if result is not None:
-            self._check_result(self._method(verb), result)
+            self._calls.check_result(verb, result)
 
     async def _run(self, cmd: _native.Command, begun: _Begun, scope: trio.CancelScope) -> None:
         """Runs one command to its answer, whatever happens."""
@@ -722,7 +634,7 @@ class Device:
                 self._commit()
             while True:
                 if begun is None:
-                    if verb not in self._calls:
+                    if not self._calls.has(verb):
                         if verb is None and cmd.piece is not None:
                             self._start_copy(cmd)
                         else:
@@ -789,17 +701,12 @@ class Device:
             rest = None
         return cancelled if rest is None else None
 
-    def _method(self, verb: int | None) -> str:
-        if verb is not None:
-            return METHODS[Verb(verb)]
-        return "scsi_command" if isinstance(self.handler, BlockHandler) else "command"
-
     async def _pause(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
         """Lets others run between two steps of a long command."""
         self._dirty = True
         cmd_id = None if cmd.answered else cmd.id
         if cmd_id is not None:
-            self._suspended[cmd_id] = scope, cmd, self._names[cmd.verb], None
+            self._suspended[cmd_id] = scope, cmd, self._calls.name(cmd.verb), None
         self._call_workers()
         try:
             await trio.lowlevel.checkpoint()
@@ -815,7 +722,7 @@ class Device:
     def _failure(self, error: Exception, verb: int | None) -> _errors.Failure:
         writing = verb not in (None, Verb.READ)
         failure = _errors.failure_of(error, writing=writing)
-        what = f"{type(self.handler).__name__}.{self._method(verb)}()"
+        what = f"{self._calls.name(verb)}()"
         if failure is not None:
             logger.warning("%s: %s failed: %s", self.name, what, error)
             return failure
@@ -965,8 +872,8 @@ class Device:
 
     def _keep(self, cmd: _native.Command, verb: int | None) -> None:
         logger.warning(
-            "%s: %s.%s() kept %d views of a command's data after it returned; their memory stays in use",
-            self.name, type(self.handler).__name__, self._method(verb), cmd.lent,
+            "%s: %s() kept %d views of a command's data after it returned; their memory stays in use",
+            self.name, self._calls.name(verb), cmd.lent,
         )  # fmt: skip
         if not self._reaping and self._nursery is not None:
             self._reaping = True

@@ -154,6 +154,8 @@ def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
     `statistics`: the key `devices` of the answer has a record for each device, or, with a key `name` in the request,
     for that device alone, if it is served here.
 
+    `snapshot`: does `action` with the state `snapshot` of the device `name`: `create` or `delete`.
+
     `resize`: changes the size of the device `name` to `size` bytes, to a smaller one if `shrink`. The answer has its
     `size` then, and that `before`.
     """
@@ -179,7 +181,15 @@ def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
         await device.resize(size, shrink=shrink is True)
         return {"size": device.size, "before": before}
 
-    return {"statistics": statistics, "resize": resize}
+    async def snapshot(request: _control.Message, channel: _control.Channel) -> dict[str, Any]:
+        name, action, snapshot = (str(request.body.get(key)) for key in ("name", "action", "snapshot"))
+        device = next((device for device in devices() if device.name == name), None)
+        if device is None:
+            raise ValueError(f"device {name} is not served here")
+        await device.change_snapshots(action, snapshot)
+        return {}
+
+    return {"statistics": statistics, "resize": resize, "snapshot": snapshot}
 
 
 def naa_of(serial: str) -> bytes:

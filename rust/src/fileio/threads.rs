@@ -534,7 +534,7 @@ mod model {
 
     use super::*;
 
-    struct Count(RawFd, Arc<AtomicUsize>);
+    struct Count(RawFd, usize, Arc<AtomicUsize>);
 
     impl Job for Count {
         fn lane(&self) -> Lane {
@@ -542,11 +542,12 @@ mod model {
         }
 
         fn run(&mut self) {
-            self.1.fetch_add(1, Ordering::Relaxed);
+            self.2.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    fn explore(fds: [RawFd; 2]) {
+    /// Two jobs; the second one may be called off.
+    fn explore(fds: [RawFd; 2], call_off: bool) {
         let mut model = loom::model::Builder::new();
         model.preemption_bound = Some(2);
         model.check(move || {
@@ -557,12 +558,13 @@ mod model {
                 told.1.notify_one();
             }));
             let ran = Arc::new(AtomicUsize::new(0));
-            for fd in fds {
-                threads.start(Count(fd, ran.clone()));
+            for (number, fd) in fds.into_iter().enumerate() {
+                threads.start(Count(fd, number, ran.clone()));
                 assert!(threads.submit().is_ok());
             }
+            let left = if call_off && threads.withdraw(|job| job.1 == 1).is_some() { 1 } else { 2 };
             let mut over = 0;
-            while over < 2 {
+            while over < left {
                 // Whoever is not told waits for ever, which loom finds.
                 let mut signals = signalled.0.lock().unwrap();
                 while *signals == 0 {
@@ -573,17 +575,23 @@ mod model {
                 over += threads.take().len();
             }
             drop(threads);
-            assert_eq!((over, ran.load(Ordering::Relaxed)), (2, 2));
+            assert_eq!((over, ran.load(Ordering::Relaxed)), (left, left));
         });
     }
 
     #[test]
     fn every_job_is_done_once_and_its_end_is_told() {
-        explore([7, 7]);
+        explore([7, 7], false);
     }
 
     #[test]
     fn jobs_for_two_files() {
-        explore([7, 8]);
+        explore([7, 8], false);
+    }
+
+    /// What was over was not told, for more was to follow, and that was called off.
+    #[test]
+    fn what_is_called_off_leaves_nobody_untold() {
+        explore([7, 7], true);
     }
 }
