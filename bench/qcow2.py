@@ -396,7 +396,7 @@ def measure(directory: Path, plan: Plan, report: Report) -> None:
         },
     )  # fmt: skip
     report.compare(OVERWRITE, NBD8, 3)
-    count = plan.writes // 5
+    count = plan.writes // 6
     report.pattern(
         FLUSHED, 1, "per second", rounds,
         {
@@ -519,7 +519,7 @@ def main() -> None:
     for program in ("qemu-img", "qemu-nbd", "fio", "mke2fs"):
         if shutil.which(program) is None:
             sys.exit(f"{program} is missing: apt-get install qemu-utils fio e2fsprogs")
-    plan = Plan(192 * MIB, 1.0, 1, 10_000) if arguments.quick else Plan(256 * MIB, 2.0, 3, 20_000)
+    plan = Plan(192 * MIB, 1.0, 1, 6_000) if arguments.quick else Plan(256 * MIB, 1.5, 3, 12_000)
     report = Report()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         if arguments.levels:
