@@ -15,7 +15,7 @@ from tcmu_rs import IoVec, Options
 from tcmu_rs._cli import main
 from tcmu_rs._control import Message
 from tcmu_rs._service import verbs
-from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, create
+from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, ZstdHandler, create
 from tcmu_rs.handlers.qcow2.encryption import make_encryption
 from tcmu_rs.handlers.ram import RamHandler
 from tcmu_rs.testing import simulated
@@ -167,6 +167,32 @@ async def test_snapshots_of_a_disk_in_service(tmp_path: Path) -> None:
     async with simulated(RamHandler(MIB)) as disk:
         with pytest.raises(TypeError, match="no snapshots in service: detach"):
             await disk.device.change_snapshots("create", "s1")
+
+
+async def test_the_level_is_chosen_when_the_image_is_made(tmp_path: Path) -> None:
+    text = b"".join(b"%d bottles of beer on the wall\n" % number for number in range(40000))[:MIB]
+    sizes = {}
+    for level in ("1", "19"):
+        path = tmp_path / f"{level}.qcow2"
+        options = Options(size=MIB, extra={"level": level, "cluster-size": "64K"})
+        async with await ZstdHandler.create(str(path), options):
+            pass
+        # QEMU keeps what it does not know.
+        qemu("qemu-img", "amend", "-f", "qcow2", "-o", "lazy_refcounts=on", path)
+        async with ZstdHandler(path) as disk:
+            await disk.write(0, IoVec([text]))
+            assert disk._writer is not None
+            await disk._writer.destage()
+            sizes[level] = disk.statistics()["stored_bytes"]
+        check(path)
+        found = await ZstdHandler.info(str(path), NOTHING)
+        assert found["level"] == int(level)
+        await ZstdHandler.compact(str(path), NOTHING)
+        assert (await ZstdHandler.info(str(path), NOTHING))["level"] == int(level)
+        assert raw(path) == text
+    assert sizes["19"] < sizes["1"]
+    with pytest.raises(ValueError, match="level is 23; for zstd it is 1 to 22"):
+        create(tmp_path / "x", MIB, level=23)
 
 
 def test_the_commands(tmp_path: Path) -> None:

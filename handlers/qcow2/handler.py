@@ -19,6 +19,7 @@ from ._errors import Qcow2Error
 from .branching import Branching
 from .chain import is_encrypted, open_image
 from .compaction import RATE
+from .header import LEVELS
 from .image import Image, Kind
 from .pages import Cold
 from .snapshots import read_snapshots
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 _PATIENCE = 64
 """How often a read is tried again after what it lacked was brought into memory."""
 _MAX_EXTENTS = 256
-_LEVELS = (9, 22)
-"""The highest levels of zlib and zstd."""
 _KEYS = "key-file, passphrase-fd, credential"
 """Options that say where a passphrase is."""
 _LARGE = 128 << 10
@@ -51,7 +50,7 @@ class Qcow2Handler(BlockHandler):
     Args:
         path: Of the image.
         compress: Write compressed clusters.
-        level: Of compression; 1 if not given.
+        level: Of compression; if not given that with which the image was made, or 1.
         snapshot: ID or name of an internal snapshot to serve instead, read-only.
         backing_root: Directory in which the files have to be that the image names; its own if not given.
         read_only: Refuse writes, and open the file for reading only.
@@ -157,8 +156,9 @@ class Qcow2Handler(BlockHandler):
         """Makes an empty image.
 
         Options are `cluster-size`, `refcount-bits`, `backing=NAME` and `backing-format=qcow2|raw`; the size is that of
-        the backing file if none is given. `encrypt=on` encrypts it with LUKS, by the passphrase that `key-file=PATH`
-        and so on give; `iter-time=MS` says how long one guess of it shall take here (1500).
+        the backing file if none is given. `level=N` says how hard whoever writes it is to compress (1). `encrypt=on`
+        encrypts it with LUKS, by the passphrase that `key-file=PATH` and so on give; `iter-time=MS` says how long one
+        guess of it shall take here (1500).
         """
         cls._check_path(config)
         extra = dict(options.extra)
@@ -170,6 +170,8 @@ class Qcow2Handler(BlockHandler):
     async def _create(
         cls, config: str, options: Options, extra: dict[str, str], encryption: NewContainer | None
     ) -> Self:
+        # It stays among the options, too: they are for the image when it is used.
+        level = _number(dict(extra), "level")
         make = functools.partial(
             tools.create,
             config,
@@ -179,6 +181,7 @@ class Qcow2Handler(BlockHandler):
             backing=extra.pop("backing", None),
             backing_format=extra.pop("backing-format", None),
             encryption=encryption,
+            level=level,
         )
         later = ("backing-root", "compression", "level", "compaction")
         unknown = {key: value for key, value in extra.items() if key not in later}
@@ -343,10 +346,11 @@ class Qcow2Handler(BlockHandler):
             if self._key_provider is not None and not image.is_encrypted:
                 raise Qcow2Error(f"{self.path} is not encrypted: its data would be readable by all; leave the key out")
             image.block_size = self.block_size
-            hardest = _LEVELS[image.header.compression_type]
+            hardest = LEVELS[image.header.compression_name()]
             if self._level is not None and not 1 <= self._level <= hardest:
                 raise ValueError(f"level is {self._level}; for {image.header.compression_name()} it is 1 to {hardest}")
-            image.codec = image.codec.at_level(self._level or 1)
+            if self._level is not None:
+                image.codec = image.codec.at_level(self._level)
             if not self.read_only:
                 self._check_compression(image)
                 writer = Writer(image, compress=self._compress, chain=image.chain, **self._writing)

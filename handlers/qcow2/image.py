@@ -145,7 +145,7 @@ class Image:
         self.chain: Chain | None = None
         self.log_range = (0, 0)
         self.cache: dict[int, Cached] = {}
-        self.codec = Codec(header.compression_type, header.cluster_size)
+        self.codec = Codec(header.compression_type, header.cluster_size, header.level or 1)
         self._hot: dict[int, bytes] = {}
         self._scratch = memoryview(bytearray(2 * header.cluster_size + 512))
         # Where a read begins that goes on with the last one.
