@@ -18,6 +18,7 @@ import trio
 from tcmu_rs import BlockHandler, IoVec, Options
 from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, Storage, ZstdHandler
 from tcmu_rs.handlers.qcow2.payload import Payload
+from tcmu_rs.testing import check_block_handler
 from tcmu_rs.testing.crash import Image, LostWrite, Medium, check_power_cuts
 
 from . import qcow2
@@ -63,6 +64,14 @@ async def test_both_write(tmp_path: Path, options: tuple[str, ...]) -> None:
             assert data.read_bytes() == model
             found = qemu("qemu-img", "info", path)
             assert "data file raw: true" in found
+
+
+@pytest.mark.parametrize("options", [(), ("data_file_raw=on",)])
+async def test_obligations(tmp_path: Path, options: tuple[str, ...]) -> None:
+    path = tmp_path / "disk.qcow2"
+    make(path, *options)
+    await check_block_handler(lambda: Qcow2Handler(path), persistent=True)
+    check(path)
 
 
 async def test_over_a_backing_file(tmp_path: Path) -> None:

@@ -217,12 +217,21 @@ async def test_a_resized_disk_can_be_replaced() -> None:
 
 
 async def test_one_change_at_a_time() -> None:
-    async with simulated(Resizable(MIB)) as disk, trio.open_nursery() as nursery:
+    begun, go = trio.Event(), trio.Event()
+
+    class Slow(Resizable):
+        async def set_size(self, size: int) -> None:
+            begun.set()
+            await go.wait()
+            await super().set_size(size)
+
+    async with simulated(Slow(MIB)) as disk, trio.open_nursery() as nursery:
         nursery.start_soon(disk.device.resize, 2 * MIB)
-        await trio.lowlevel.checkpoint()
+        await begun.wait()
         for change in (disk.device.resize, disk.device.pause):
             with pytest.raises(trio.BusyResourceError):
                 await change(4 * MIB)
+        go.set()
 
 
 # The handlers.

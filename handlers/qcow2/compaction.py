@@ -19,8 +19,8 @@ from .tables import COMPRESSED
 
 RATE = 8 << 20
 """Bytes of clusters that are moved in a second, at most."""
-_AT_ONCE = 16
-"""Clusters that are moved before somebody else is let in."""
+_AT_ONCE = 128 << 10
+"""Bytes of clusters that are moved before somebody else is let in, or one cluster."""
 _MOST = 1024
 """Units that are emptied in one pass over the map."""
 
@@ -151,10 +151,11 @@ class Compactor:
                 offset, length = place(entry)
                 if unit_of(offset) in units or unit_of(offset + length - 1) in units:
                     found.append(first + number)
-        for start in range(0, len(found), _AT_ONCE):
+        count = max(1, _AT_ONCE >> self._bits)
+        for start in range(0, len(found), count):
             if self._is_busy():
                 return False
-            self.moved += await self._rewrite(found[start : start + _AT_ONCE])
-            with trio.move_on_after(_AT_ONCE * (1 << self._bits) / self._rate):
+            self.moved += await self._rewrite(found[start : start + count])
+            with trio.move_on_after((count << self._bits) / self._rate):
                 await self._closing.wait()
         return not self._is_busy()

@@ -17,6 +17,7 @@ from .disks import (
     MAKE_FILE_SYSTEM,
     MIB,
     REAL_TREES,
+    TCMU_RS,
     Disk,
     attached,
     checksums,
@@ -136,6 +137,10 @@ def test_other_file_systems(kind: str, size: int, tmp_path: Path) -> None:
     root.mkdir()
     with served.attached() as disk:
         stored, expected = store(disk, kind, root, REAL_TREES)
+        # The disk stays in service.
+        run(TCMU_RS, "snapshot", "create", f"zstd:{served.path}", "full")
+        assert "file_bytes" in run(TCMU_RS, "stats", disk.traces[0].name, "--json")
     assert served.occupied() - served.empty < stored * 0.7
+    assert "full" in run("qemu-img", "snapshot", "-l", served.path)
     with served.attached() as disk, mounted(disk.path, root, "-o", "ro"):
         assert checksums(root) == expected
