@@ -153,6 +153,11 @@ def inherit(key: str, fd: int) -> Claim:
     return Claim(backstore, uio, fd)
 
 
+def is_there(dev_config: str) -> bool:
+    """Whether there is a device of this configuration, served or not."""
+    return any(uio.config == dev_config for uio in _sysfs.scan())
+
+
 @_lio.own_errors
 def find(name: str | None, dev_config: str, *, persistent: bool) -> Claim | None:
     """Claims the device that a dead process left, if there is one to adopt.
