@@ -11,7 +11,7 @@ import trio
 from click.testing import CliRunner
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tcmu_rs import IoVec, Options, _adoption, _cli, _runtime
+from tcmu_rs import IoVec, Options, _adoption, _cli, _service
 from tcmu_rs.handlers.file import FileHandler
 from tcmu_rs.handlers.luks import LuksHandler
 from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler
@@ -217,12 +217,21 @@ async def test_a_resized_disk_can_be_replaced() -> None:
 
 
 async def test_one_change_at_a_time() -> None:
-    async with simulated(Resizable(MIB)) as disk, trio.open_nursery() as nursery:
+    begun, go = trio.Event(), trio.Event()
+
+    class Slow(Resizable):
+        async def set_size(self, size: int) -> None:
+            begun.set()
+            await go.wait()
+            await super().set_size(size)
+
+    async with simulated(Slow(MIB)) as disk, trio.open_nursery() as nursery:
         nursery.start_soon(disk.device.resize, 2 * MIB)
-        await trio.lowlevel.checkpoint()
+        await begun.wait()
         for change in (disk.device.resize, disk.device.pause):
             with pytest.raises(trio.BusyResourceError):
                 await change(4 * MIB)
+        go.set()
 
 
 # The handlers.
@@ -323,7 +332,7 @@ async def test_an_image_grows_and_shrinks_with_what_it_holds(tmp_path: Path) -> 
 def test_who_takes_over_from_a_dead_server_tells_that_settings_are_gone(
     was_served: bool, handed_over: bool, told: int
 ) -> None:
-    unit = _runtime.unit_for(PlainDisk(MIB), serial="s", naa=bytes([0x60]) + bytes(15))
+    unit = _service.unit_for(PlainDisk(MIB), serial="s", naa=bytes([0x60]) + bytes(15))
     claim = object.__new__(_adoption.Claim)
     claim.known_size, claim.was_served, claim.was_handed_over = MIB, was_served, handed_over
     claim.settle(MIB, unit)

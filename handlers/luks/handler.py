@@ -34,15 +34,17 @@ STAGE = 1 << 20
 
 
 class _Stage:
-    """A private buffer of `STAGE` bytes."""
+    """A private buffer, as large as was ever needed."""
 
     def __init__(self) -> None:
-        self.view = memoryview(bytearray(STAGE))
+        self.view = memoryview(bytearray())
         self._iov = IoVec([self.view])
 
     def first(self, length: int) -> IoVec:
         """Its first bytes: the same object as before, if it is as many as before."""
         if self._iov.nbytes != length:
+            if len(self.view) < length:
+                self.view = memoryview(bytearray(length))
             self._iov = IoVec([self.view[:length]])
         return self._iov
 
@@ -338,8 +340,12 @@ class LuksHandler(BlockHandler):
         # The last reference: the key is overwritten.
         del self._cipher
         for staging in self._staging:
-            staging.view[:] = bytes(STAGE)
+            staging.view[:] = bytes(len(staging.view))
         self._staging.clear()
+
+    def statistics(self) -> Mapping[str, float]:
+        """What the handler below tells."""
+        return self._lower.handler.statistics()
 
     # Data.
 
@@ -439,11 +445,12 @@ class LuksHandler(BlockHandler):
 
     @contextmanager
     def _stage(self) -> Iterator[memoryview]:
-        """A private buffer, one that was used a moment ago if there is one.
+        """A private buffer of `STAGE` bytes at least, one that was used a moment ago if there is one.
 
         After an error it is not used again: whoever gave up may have left it on its way to the storage.
         """
         staging = self._staging.pop() if self._staging else _Stage()
+        staging.first(STAGE)
         yield staging.view
         self._staging.append(staging)
 

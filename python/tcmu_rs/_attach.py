@@ -18,7 +18,8 @@ from . import _adoption, _control, _lio, _sysfs
 from ._domain import CopyDomain
 from ._handler import Handler, check
 from ._registry import parse_spec
-from ._runtime import GRACE, serve_uio, verbs
+from ._runtime import GRACE
+from ._service import serve_uio, verbs
 from ._slot import Slot
 
 if TYPE_CHECKING:
@@ -97,6 +98,12 @@ class AttachedDevice:
             raise RuntimeError(f"device {self.name} is not served yet")
         await self._server.resize(size, shrink=shrink, within=within)
         await _blocking(_lio.rescan, _lio.Backstore(self.name, self.hba, self.wwn))
+
+    async def change_snapshots(self, action: str, name: str, *, within: float = GRACE) -> None:
+        """Keeps the state of the disk, which stays in service, or forgets one: see `Device.change_snapshots`."""
+        if self._server is None:
+            raise RuntimeError(f"device {self.name} is not served yet")
+        await self._server.change_snapshots(action, name, within=within)
 
     def hurry(self) -> None:
         """Ends the grace period of the detaching, that in progress or the coming one."""

@@ -505,7 +505,8 @@ def stats(name: str, as_json: bool) -> None:
 def top(interval: float, rounds: int | None) -> None:
     """Watch what the devices of this machine do.
 
-    Below the table are the commands that take longer than a second, and what they wait for.
+    Below the table are the commands that take longer than a second, what they wait for, and what the handlers tell
+    about the storage.
 
     \b
     Examples:

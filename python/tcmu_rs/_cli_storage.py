@@ -63,7 +63,11 @@ def resize(
 
 @click.group()
 def snapshot() -> None:
-    """Keep states of a disk, which must not be served."""
+    """Keep states of a disk.
+
+    A disk that is served stays in service; what its users have not written yet is not in the state, so have them write
+    it back first (sync, fsfreeze). To go back to a state it has to be detached.
+    """
 
 
 def _action(action: str, about: str) -> None:
@@ -71,6 +75,12 @@ def _action(action: str, about: str) -> None:
     @_cli._handler_options
     @click.argument("name")
     def run(spec: _Spec, handler_class: str | None, extra: _Extra, block_size: str | None, name: str) -> None:
+        from . import _resize
+
+        if (device := _resize.find(*spec)) is not None:
+            _resize.check_served(device)
+            trio.run(functools.partial(_resize.ask, device, "snapshot", action=action, snapshot=name))
+            return
         method = _method(spec, handler_class, block_size, extra, "snapshot")
         trio.run(functools.partial(method, action=action, name=name))
 

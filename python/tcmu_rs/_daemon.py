@@ -21,7 +21,8 @@ from ._domain import CopyDomain
 from ._errors import DeviceError, DeviceRemovedError
 from ._handler import Handler, Options, check
 from ._netlink import DeviceEvents, Rescan
-from ._runtime import GRACE, serve_uio, verbs
+from ._runtime import GRACE
+from ._service import serve_uio, verbs
 from ._slot import Slot
 from ._upgrade import UpgradeError
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -36,29 +37,43 @@ def served(device: Device, size: int, *, shrink: bool) -> None:
     Raises:
         ResizeError: Nobody serves it, or the server refuses.
     """
-    if device.pid is None:
-        # Behind the back of a server that comes back the storage must not change.
-        raise ResizeError(
-            f"device {device.name} is there, and nobody serves it", f"attach it, or: tcmu-rs detach {device.name}"
-        )
-    trio.run(_ask, device.pid, device.name, size, shrink)
+    check_served(device)
+    trio.run(functools.partial(ask, device, "resize", size=size, shrink=shrink))
     if (backstore := _lio.find_backstore(device.name)) is not None:
         _lio.rescan(backstore)
 
 
-async def _ask(pid: int, name: str, size: int, shrink: bool) -> None:
-    why = f"process {pid} has no control socket"
-    for path in _control.sockets(pid):
+def check_served(device: Device) -> None:
+    """Refuses a device without a server: behind the back of one that comes back the storage must not change.
+
+    Raises:
+        ResizeError: Nobody serves it.
+    """
+    if device.pid is None:
+        raise ResizeError(
+            f"device {device.name} is there, and nobody serves it", f"attach it, or: tcmu-rs detach {device.name}"
+        )
+
+
+async def ask(device: Device, verb: str, **arguments: Any) -> None:
+    """Has the server of a device do something with it.
+
+    Raises:
+        ResizeError: It does not.
+    """
+    assert device.pid is not None
+    why = f"process {device.pid} has no control socket"
+    for path in _control.sockets(device.pid):
         try:
             async with _control.connect(path) as channel:
-                await channel.ask("resize", name=name, size=size, shrink=shrink)
+                await channel.ask(verb, name=device.name, **arguments)
                 return
         except _control.ControlError as error:
             why = str(error).partition(": ")[2] or str(error)
             # Each of its sockets stands for some of its devices.
             if "no verb" not in str(error) and "is not served here" not in str(error):
                 break
-    raise ResizeError(f"device {name} is not resized: {why}")
+    raise ResizeError(f"device {device.name}: {why}")
 
 
 async def unserved(kind: type[BlockHandler], config: str, options: Options, size: int, *, shrink: bool) -> None:

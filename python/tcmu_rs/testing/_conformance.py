@@ -15,7 +15,7 @@ import trio
 from .. import _errors
 from .._handler import Colour, ExtentState, check, colour_of, has
 from .._native import IoVec
-from .._runtime import naa_of, unit_for
+from .._service import naa_of, unit_for
 from ._simulated import SimulatedDisk, simulated
 
 if TYPE_CHECKING:

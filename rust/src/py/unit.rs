@@ -13,7 +13,7 @@ impl From<LunError> for PyErr {
     }
 }
 
-/// A disk as its initiators see it; made by `tcmu_rs._runtime` from a block handler's attributes.
+/// A disk as its initiators see it; made by `tcmu_rs._service` from a block handler's attributes.
 #[pyclass(frozen, module = "tcmu_rs._native")]
 pub struct LogicalUnit {
     pub(super) unit: Arc<Unit>,
