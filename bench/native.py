@@ -2,9 +2,9 @@
 
     python -m bench.native [--quick] [--write]
 
-**The transports differ.** Ours has the kernel's side and the initiator in the same thread and core, with two copies of
-all data; nbdkit has fio in another process, on another core if there is one. So the processor time per command is of
-everything for ours, and of the server alone for nbdkit. Both disks are 64 MiB; both handlers copy a slice.
+**The transports differ.** Ours has the kernel's side and the initiator, which polls, in the same thread and core, with
+two copies of all data; nbdkit has fio in another process, on another core if there is one. So the processor time per
+command is of everything for ours, and of the server alone for nbdkit. Both disks are 64 MiB, and both handlers copy.
 
 Needs nbdkit with its Python plugin, and fio with its nbd engine (Debian: nbdkit nbdkit-plugin-python fio).
 """

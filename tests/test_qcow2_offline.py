@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 from click.testing import CliRunner
 
-from tcmu_rs import IoVec, Options
+from tcmu_rs import IoVec, Options, _control, _resize
 from tcmu_rs._cli import main
 from tcmu_rs._control import Message
 from tcmu_rs._service import verbs
@@ -167,6 +170,33 @@ async def test_snapshots_of_a_disk_in_service(tmp_path: Path) -> None:
     async with simulated(RamHandler(MIB)) as disk:
         with pytest.raises(TypeError, match="no snapshots in service: detach"):
             await disk.device.change_snapshots("create", "s1")
+
+
+async def test_the_command_asks_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, MIB)
+
+    async def run(*words: str) -> str:
+        invoke = partial(CliRunner().invoke, main, ["snapshot", *words])
+        return (await trio.to_thread.run_sync(invoke)).output
+
+    async with simulated(Qcow2Handler(path)) as disk, trio.open_nursery() as nursery:
+        serving = partial(_control.serve, verbs(lambda: [disk.device]), directory=tmp_path / "run")
+        socket = await nursery.start(serving)
+        device = SimpleNamespace(name=disk.device.name, pid=1)
+        monkeypatch.setattr(_resize, "find", lambda *_: device)
+        monkeypatch.setattr(_control, "sockets", lambda _: [socket])
+        await disk.write(0, b"x" * 4096)
+        assert await run("create", f"qcow2:{path}", "one") == ""
+        await disk.write(0, b"y" * 4096)
+        assert "detach it first" in await run("apply", f"qcow2:{path}", "one")
+        assert "there is no snapshot" in await run("delete", f"qcow2:{path}", "two")
+        assert await disk.read(0, 4096) == b"y" * 4096
+        device.pid = None
+        assert "nobody serves it" in await run("delete", f"qcow2:{path}", "one")
+        nursery.cancel_scope.cancel()
+    check(path)
+    assert (await contents(path, snapshot="one"))[:4096] == b"x" * 4096
 
 
 async def test_the_level_is_chosen_when_the_image_is_made(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ async def test_test_of_the_readme_passes() -> None:
     await namespace["test_round_trip"]()
 
 
-@pytest.mark.parametrize("module", ["bench.native", "bench.lab", "bench.simulator"])
+@pytest.mark.parametrize("module", ["bench.native", "bench.lab", "bench.simulator", "bench.micro"])
 def test_benchmarks_find_where_their_claims_go(module: str) -> None:
     once = inserted(README, module, claims(["fast " * 40, "and slow"]))
     assert once.count("- and slow\n") == 1

@@ -102,7 +102,8 @@ class Changes:
         """Offset of an L2 table that nobody else has."""
         entry = self._tables.l1(index)
         if entry & COPIED:
-            return self._tables.table(index)
+            offset = entry & OFFSET
+            return self._tables.table(index) if offset & (self._cluster_size - 1) else offset
         old = self._tables.table(index)
         new = self.make_metadata(1)
         if old:
@@ -161,7 +162,7 @@ class Changes:
 
     def _make_block(self, index: int) -> None:
         """Sees to it that there is a refcount block."""
-        if self.refcounts.block(index):
+        if self.refcounts.has(index):
             return
         if index >= self._table_entries:
             self._grow_table(index)

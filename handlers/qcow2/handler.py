@@ -50,7 +50,7 @@ class Qcow2Handler(BlockHandler):
     Args:
         path: Of the image.
         compress: Write compressed clusters.
-        level: Of compression; if not given that with which the image was made, or 1.
+        level: Of compression; if not given that with which the image was made, or 2 of zstd and 1 of zlib.
         snapshot: ID or name of an internal snapshot to serve instead, read-only.
         backing_root: Directory in which the files have to be that the image names; its own if not given.
         read_only: Refuse writes, and open the file for reading only.
@@ -156,7 +156,7 @@ class Qcow2Handler(BlockHandler):
         """Makes an empty image.
 
         Options are `cluster-size`, `refcount-bits`, `backing=NAME` and `backing-format=qcow2|raw`; the size is that of
-        the backing file if none is given. `level=N` says how hard whoever writes it is to compress (1). `encrypt=on`
+        the backing file if none is given. `level=N` says how hard whoever writes it is to compress (2). `encrypt=on`
         encrypts it with LUKS, by the passphrase that `key-file=PATH` and so on give; `iter-time=MS` says how long one
         guess of it shall take here (1500).
         """

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from tcmu_rs import IoVec, MediumError
 
+from .cache import Entry
 from .codecs import Codec, Place, damage
 from .header import DATA_FILE, Header
 from .log import Chain
@@ -19,9 +20,9 @@ from .storage import Buffer, Storage
 from .tables import COMPRESSED, SUBCLUSTERS, ZERO, Tables
 
 _HOT = 1 << 20
-"""Buffer of decompressed clusters that are kept for readers of parts."""
+"""Bytes of decompressed clusters that are kept for readers of parts."""
 _GAP = 8192
-"""Buffer between two compressed clusters in the file that are read with them, rather than by a call of their own."""
+"""Bytes between two compressed clusters in the file that are read with them, rather than by a call of their own."""
 
 
 class Kind(IntEnum):
@@ -96,12 +97,6 @@ class Run:
     places: Sequence[Place]
 
 
-class Cached(Protocol):
-    """A cluster that is newer in memory than in the file."""
-
-    data: bytearray
-
-
 class Image:
     """The data of a disk, or of one of its snapshots.
 
@@ -109,7 +104,7 @@ class Image:
         storage: The image; closed with this.
         header: Of it.
         tables: The map, if it is not the active one.
-        size: Buffer of the disk, if they are not those of the active one.
+        size: Bytes of the disk, if they are not those of the active one.
         backing: What is below; closed with this.
         payload: Where plain clusters are; its file is closed with this.
         pages: Metadata; shared with who writes it.
@@ -144,8 +139,8 @@ class Image:
         self.reads = 0
         self.chain: Chain | None = None
         self.log_range = (0, 0)
-        self.cache: dict[int, Cached] = {}
-        self.codec = Codec(header.compression_type, header.cluster_size, header.level or 1)
+        self.cache: dict[int, Entry] = {}
+        self.codec = Codec(header.compression_type, header.cluster_size, header.level)
         self._hot: dict[int, bytes] = {}
         self._scratch = memoryview(bytearray(2 * header.cluster_size + 512))
         # Where a read begins that goes on with the last one.

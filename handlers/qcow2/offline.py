@@ -17,6 +17,7 @@ from tcmu_rs import IoVec, MediumError
 from ._errors import Qcow2Error
 from .branching import Branching
 from .chain import open_image
+from .codecs import LEVEL
 from .header import CORRUPT, DATA_FILE, DIRTY, LAZY_REFCOUNTS
 from .image import Image, Kind
 from .payload import Locked
@@ -52,7 +53,7 @@ def describe(image: Image) -> dict[str, Any]:
         "allocated": image.storage.allocated,
         "cluster size": header.cluster_size,
         "compression": header.compression_name(),
-        "level": header.level or 1,
+        "level": header.level or LEVEL[header.compression_type],
         "refcount bits": 1 << header.refcount_order,
         "backing file": header.backing,
         "backing format": header.backing_format,

@@ -20,6 +20,9 @@ _MAX_HOLES = 50_000
 _TRIES = 8
 """Holes of a length that are looked at, for one with the right alignment."""
 _STEP = 8 << 20
+# Users of a sector; 255 is more than was counted.
+_ONE_MORE = bytes(min(count + 1, 255) for count in range(256))
+_ONE_LESS = bytes(255 if count == 255 else max(count - 1, 0) for count in range(256))
 _UNIT = 128
 """Sectors that compaction empties: so many are worth giving back."""
 _FRAGMENTED = _UNIT // 4
@@ -282,33 +285,41 @@ class Space:
 
     def use(self, offset: int, length: int) -> None:
         """One more user of each sector that the range touches."""
-        for sector in range(offset >> 9, ((offset + length - 1) >> 9) + 1):
-            users = self._users.get(sector >> (_REGION_BITS - 9))
-            if users is not None and users[sector & (_REGION - 1)] < 255:
-                users[sector & (_REGION - 1)] += 1
+        for first, stop in _regions(offset, length):
+            users = self._users.get(first >> (_REGION_BITS - 9))
+            if users is not None:
+                at = first & (_REGION - 1)
+                users[at : at + stop - first] = users[at : at + stop - first].translate(_ONE_MORE)
 
     def free(self, offset: int, length: int) -> None:
         """One user less; sectors without any are holes, where that is known."""
         self.freed = True
-        start = count = 0
-        for sector in range(offset >> 9, ((offset + length - 1) >> 9) + 1):
-            users = self._users.get(sector >> (_REGION_BITS - 9))
-            # 255 is more than was counted.
-            if users is None or users[sector & (_REGION - 1)] in (0, 255):
+        for first, stop in _regions(offset, length):
+            users = self._users.get(first >> (_REGION_BITS - 9))
+            if users is None:
                 continue
-            users[sector & (_REGION - 1)] -= 1
-            if users[sector & (_REGION - 1)] or self._walked <= sector << 9 < self._unknown:
-                continue
-            if self._aside and sector // _UNIT in self._aside:
-                continue
-            if count and start + count == sector:
-                count += 1
-                continue
-            if count:
-                self.holes.add(start, count)
-            start, count = sector, 1
-        if count:
-            self.holes.add(start, count)
+            at = first & (_REGION - 1)
+            counted = users[at : at + stop - first]
+            users[at : at + stop - first] = counted.translate(_ONE_LESS)
+            start = counted.find(1)
+            while start >= 0:
+                count = len(counted) - start - len(counted[start:].lstrip(b"\x01"))
+                self._add_hole(first + start, count)
+                start = counted.find(1, start + count)
+
+    def _add_hole(self, start: int, count: int) -> None:
+        """Sectors are free now, but for those that will be found to be."""
+        low, high = self._walked // SECTOR, self._unknown // SECTOR
+        stop = start + count
+        for first, last in ((start, min(stop, low)), (max(start, low, high), stop)):
+            if not self._aside and first < last:
+                self.holes.add(first, last - first)
+            while self._aside and first < last:
+                # What is set aside is added when it is put back.
+                step = min(last, (first // _UNIT + 1) * _UNIT)
+                if first // _UNIT not in self._aside:
+                    self.holes.add(first, step - first)
+                first = step
 
     def knows(self, offset: int) -> bool:
         """Whether the sectors there are counted."""
@@ -458,3 +469,12 @@ class Space:
                 end = start
             else:
                 return -(-end // self._cluster_size) * self._cluster_size
+
+
+def _regions(offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """First sector, and that behind the last, of what a range touches of each region."""
+    first, stop = offset >> 9, ((offset + length - 1) >> 9) + 1
+    while first < stop:
+        step = min(stop, (first | (_REGION - 1)) + 1)
+        yield first, step
+        first = step

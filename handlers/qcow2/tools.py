@@ -43,7 +43,7 @@ def create(
         backing: Name of the backing file, as it is to be in the header: relative to the directory of `path`.
         backing_format: qcow2 or raw; found out if not given, and then the file must be trustworthy.
         encryption: The LUKS header of an encrypted image.
-        level: Of compression, for whoever writes the image with this handler; 1 if not given.
+        level: Of compression, for whoever writes the image with this handler; if not given, the usual one.
 
     Raises:
         ValueError: A parameter cannot be.

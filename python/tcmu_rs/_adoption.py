@@ -153,6 +153,11 @@ def inherit(key: str, fd: int) -> Claim:
     return Claim(backstore, uio, fd)
 
 
+def is_there(dev_config: str) -> bool:
+    """Whether there is a device of this configuration, served or not."""
+    return any(uio.config == dev_config for uio in _sysfs.scan())
+
+
 @_lio.own_errors
 def find(name: str | None, dev_config: str, *, persistent: bool) -> Claim | None:
     """Claims the device that a dead process left, if there is one to adopt.
@@ -179,19 +184,20 @@ def find(name: str | None, dev_config: str, *, persistent: bool) -> Claim | None
         raise BackstoreExistsError(
             f"device {name} exists already, unfinished", f"if nobody is making it now: tcmu-rs detach {name}"
         )
-    _refuse_served(uio)
+    if uio.config == dev_config and persistent:
+        # At once: commands wait, and to look who else might have it goes through all processes of the machine.
+        return Claim(backstore, uio)
     # A stranger's device is not even opened.
+    _refuse_served(uio)
     if uio.config != dev_config:
         raise BackstoreExistsError(
             f"device {name} exists already, left by a server of {_spec(uio.config)}, not of {_spec(dev_config)}",
             f"adopt it: tcmu-rs attach {_spec(uio.config)} --name {name}; or remove it: tcmu-rs detach {name}",
         )
-    if not persistent:
-        raise BackstoreExistsError(
-            f"device {name} exists already, and what {_spec(uio.config)} stored has gone with its process",
-            f"choose another name or remove it: tcmu-rs detach {name}",
-        )
-    return Claim(backstore, uio)
+    raise BackstoreExistsError(
+        f"device {name} exists already, and what {_spec(uio.config)} stored has gone with its process",
+        f"choose another name or remove it: tcmu-rs detach {name}",
+    )
 
 
 def _find_by_config(dev_config: str) -> Claim | None:

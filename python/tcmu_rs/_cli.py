@@ -235,6 +235,9 @@ def attach(
     from . import _adoption, _attach, _serving, _supervise
 
     handler_name, config = spec
+    if create and _adoption.is_there(_lio.device_config(handler_name, config)):
+        # Initiators know what is in the storage: if that is gone, nothing empty may take its place.
+        create = False
     options = _options(size=size, create=create, read_only=read_only, block_size=block_size, extra=extra)
     kind = _find_class(handler_name, handler_class)
     handler = kind.from_config(config, options)

@@ -35,7 +35,9 @@ from ._slot import Face, NobodyServesError, Slot
 logger = logging.getLogger("tcmu_rs")
 
 BATCH = 64
-"""Entries taken from the ring at once; between batches other tasks run."""
+"""Entries taken from the ring at once, and commands between two passes of the loop."""
+SMALLEST = 8
+"""Commands that a batch counts for beside its own: answering it is more than them."""
 STEPS = 4
 """Steps of one command between two passes of the loop."""
 LAST_BATCHES = 16
@@ -156,6 +158,7 @@ class Device:
         self._workers = 0
         self._running = 0
         self._pumping = False
+        self._taken = 0
         self._dirty = False
         self._committing = False
         self._calling = 2
@@ -504,9 +507,13 @@ class Device:
     async def _pump(self) -> None:
         """Waits for the ring and takes a batch."""
         self._pumping = True
+        taken = 0
         try:
             if self._resumed is not None:
                 await self._resumed.wait()
+            elif self._ring.pending() and self._taken < BATCH and not self._running:
+                # A pass of the loop would cost as much as a small batch, and no handler waits for it.
+                taken = self._taken
             elif self._ring.pending():
                 await trio.lowlevel.checkpoint()
             elif self._polling is None or self._running:
@@ -518,6 +525,7 @@ class Device:
                 return
             parked = self._parked
             commands, notices = self._ring.drain(BATCH, parked is not None)
+            self._taken = taken + SMALLEST + len(commands)
         finally:
             self._pumping = False
         # What the emulation answered is not handed back yet, nor the space of entries that need no answer.

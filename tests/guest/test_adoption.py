@@ -117,6 +117,16 @@ def test_another_device_is_not_adopted(image: Path, tmp_path: Path) -> None:
     assert server.end() == 0
 
 
+def test_a_storage_that_was_deleted_is_not_created_anew(image: Path) -> None:
+    arguments = (f"file:{image}", "--name", "disk", "--create", "--size", str(SIZE))
+    killed(*arguments)
+    away = image.rename(image.with_suffix(".away"))
+    assert "there is no such file" in run("attach", *arguments, code=1)
+    assert not image.exists()
+    away.rename(image)
+    assert Server(*arguments).end() == 0
+
+
 def test_a_storage_that_has_gone_with_its_process_is_not_served_as_if_it_were_there() -> None:
     killed("ram:", "--size", "4M", "--name", "disk")
     assert "what ram: stored has gone with its process" in run("attach", "ram:", "--size=4M", "--name=disk", code=1)
