@@ -1,6 +1,6 @@
 """The compressed disk beside `qemu-nbd`, on the same data in one run: an ext4 file system with part of /usr.
 
-    python -m bench.qcow2 [--quick] [--directory /var/tmp] [--write]
+    python -m bench.qcow2 [--quick | --levels] [--directory /var/tmp] [--write]
 
 **The transports differ.** `zstd:` is driven through the simulated ring by a generator in the same Python process, whose
 own time is in the figures; `qemu-nbd` by fio through a Unix socket, in processes of their own. So the processor time
@@ -8,41 +8,46 @@ per command is to be compared first: of the peers that of the server alone, of o
 is QEMU without any transport: reads at strides, as it has no random ones.
 
 What is written is data of the same file system from elsewhere in it. Overwrites are timed until they are durable and
-compressed: a flush and the close of the image are in the time. Everything is in the page cache.
+compressed: a flush and the close of the image are in the time. Everything is in the page cache, and no image has dirty
+pages there when its time begins. The servers take turns, round by round.
 
-Needs fio with its nbd engine, qemu-utils and e2fsprogs. `--write` puts the table into bench/RESULTS.md.
+Needs fio with its nbd engine, qemu-utils and e2fsprogs. `--write` puts the figures into bench/RESULTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
 import shutil
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
+from tcmu_rs import _native
 from tcmu_rs.handlers.qcow2 import Qcow2Handler
 from tcmu_rs.handlers.qcow2.tools import create
-from tcmu_rs.testing import SimulatedDisk, simulated
 
-from .conditions import conditions
+from . import generator
+from .generator import FLUSH, drive, served, until
+from .report import publish, stated, table
 
 KIB, MIB = 1 << 10, 1 << 20
+LEVELS = (1, 2, 3, 9)
 BIG = 16 << 40
 TREES = ("/usr/bin", "/usr/lib/python3", "/usr/include", "/usr/share/perl", "/usr/share/doc")
-RESULTS = Path(__file__).with_name("RESULTS.md")
+Work = Callable[["_native.Simulator"], Awaitable[int]]
+"""Runs commands, and returns how many operations that was."""
 
 
 @dataclass(frozen=True)
@@ -70,27 +75,55 @@ class Figure:
     cpu: float
 
 
-class Table:
-    """Rows that are printed as they come, and kept."""
+class Report:
+    """Text that is printed as it comes, and what is to be judged in the end."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
+        self.parts: list[str] = []
+        self.medians: dict[tuple[str, str], float] = {}
+        self.verdicts: list[tuple[str, float, str, float]] = []
 
-    def say(self, line: str = "") -> None:
-        print(line, flush=True)
-        self.lines.append(line)
+    def say(self, text: str) -> None:
+        """Adds a paragraph."""
+        print(text, end="\n\n", flush=True)
+        self.parts.append(text)
 
-    def rows(self, title: str, unit: float, name: str, figures: dict[str, list[Figure]]) -> None:
-        """One pattern: every server, and how many times as fast the first one is."""
-        self.say(f"\n### {title}\n\n| server | {name} | lowest | highest | µs of CPU each | ours is |")
-        self.say("| --- | ---: | ---: | ---: | ---: | ---: |")
+    def pattern(
+        self, title: str, unit: float, name: str, rounds: int, servers: Mapping[str, Callable[[], Figure]]
+    ) -> None:
+        """Measures one pattern with every server, in turn; the first one is ours."""
+        figures: dict[str, list[Figure]] = {server: [] for server in servers}
+        for _ in range(rounds):
+            for server, run in servers.items():
+                figures[server].append(run())
+        rows: list[list[object]] = []
         ours = statistics.median(figure.rate for figure in next(iter(figures.values())))
         for server, runs in figures.items():
             rates = sorted(figure.rate for figure in runs)
             median, cpu = statistics.median(rates), min(figure.cpu for figure in runs)
-            shown = " | ".join(f"{rate * unit:,.0f}" for rate in (median, rates[0], rates[-1]))
-            ratio = "" if server == next(iter(figures)) else f"{ours / median:.2f} x"
-            self.say(f"| {server} | {shown} | {cpu:.1f} | {ratio} |")
+            self.medians[title, server] = median
+            shown = [f"{rate * unit:,.0f}" for rate in (median, rates[0], rates[-1])]
+            rows.append([server, *shown, f"{cpu:.1f}", "" if server in (OURS,) else f"{ours / median:.2f} x"])
+        self.say(f"### {title}")
+        self.say(table(["server", name, "lowest", "highest", "µs of CPU each", "ours is"], rows))
+
+    def compare(self, title: str, peer: str, least: float) -> None:
+        """Ours has to be so many times as fast."""
+        ratio = self.medians[title, OURS] / self.medians[title, peer]
+        self.verdicts.append((f"{title}: times {peer}", ratio, "≥", least))
+
+    def judge(self, what: str, found: float, sign: str, bound: float) -> None:
+        """A figure has to be at least, or at most, so large."""
+        self.verdicts.append((what, found, sign, bound))
+
+    def verdict(self) -> None:
+        """Which targets were met."""
+        rows: list[list[object]] = []
+        for what, found, sign, bound in self.verdicts:
+            met = found >= bound if sign == "≥" else found <= bound
+            rows.append([what, f"{found:.2f}", f"{sign} {bound:g}", "met" if met else "**missed**"])
+        self.say("### The targets")
+        self.say(table(["what", "found", "target", ""], rows))
 
 
 # Data.
@@ -122,92 +155,68 @@ def convert(raw: Path, image: Path, cluster_size: int) -> None:
 # Ours, on the simulator.
 
 
-def zstd(image: Path) -> Qcow2Handler:
-    return Qcow2Handler(image, compress=True)
-
-
-async def _measure(handler: Qcow2Handler, work: Callable[[SimulatedDisk], Awaitable[int]], warm: int = 0) -> Figure:
-    """Runs something that returns how many operations it did; the close of the disk counts, its opening does not."""
+async def _measure(image: Path, work: Work, warm: int = 0, level: int | None = None) -> Figure:
+    """Does work on an image; after writes a flush and the close count, the opening never does."""
     start = cpu = 0.0
     count = 0
-    async with simulated(handler, checks=False) as disk:
-        for offset in range(0, warm, MIB):
-            await disk.read(offset, MIB)
+    async with served(Qcow2Handler(image, compress=True, level=level)) as kernel:
+        await drive(kernel, (generator.read(offset, 256 * KIB) for offset in range(0, warm, 256 * KIB)), 4)
         start, cpu = time.perf_counter(), time.process_time()
-        count = await work(disk)
-        if not warm:
-            await disk.flush()
+        count = await work(kernel)
+        if warm:
+            return _figure(count, start, cpu)
+    return _figure(count, start, cpu)
+
+
+def _figure(count: int, start: float, cpu: float) -> Figure:
     return Figure(count / (time.perf_counter() - start), (time.process_time() - cpu) / count * 1e6)
 
 
-def reads(
-    length: int, depth: int, seconds: float, *, sequential: bool = False
-) -> Callable[[SimulatedDisk], Awaitable[int]]:
-    async def work(disk: SimulatedDisk) -> int:
-        blocks, count, done = disk.size // length, length // disk.block_size, 0
-        choose = random.Random(5).randrange
-        end = time.perf_counter() + seconds
-
-        async def load() -> None:
-            nonlocal done
-            while time.perf_counter() < end:
-                block = done % blocks if sequential else choose(blocks)
-                done += 1
-                cdb = struct.pack(">BBQLBB", 0x88, 0, block * count, count, 0, 0)
-                reply = await disk.scsi(cdb, data_in=length)
-                assert reply.status == 0
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(depth):
-                nursery.start_soon(load)
-        return done
-
-    return work
+def reads(size: int, depth: int, seconds: float) -> Work:
+    """4 KiB from anywhere."""
+    choose = random.Random(5).randrange
+    requests = [generator.read(choose(size // 4096) * 4096, 4096) for _ in range(50_000)]
+    return lambda kernel: drive(kernel, until(seconds, itertools.cycle(requests)), depth)
 
 
-def writes(
-    raw: Path, places: list[int], depth: int, *, flush: bool = False
-) -> Callable[[SimulatedDisk], Awaitable[int]]:
-    """Writes 4 KiB to each place, of the data that is some way on in the file system."""
+def reads_in_order(size: int, depth: int, seconds: float) -> Work:
+    """256 KiB after 256 KiB."""
+    requests = [generator.read(offset, 256 * KIB) for offset in range(0, size, 256 * KIB)]
+    return lambda kernel: drive(kernel, until(seconds, itertools.cycle(requests)), depth)
 
-    async def work(disk: SimulatedDisk) -> int:
-        rest = iter(places)
-        fd = os.open(raw, os.O_RDONLY)
 
-        async def load() -> None:
-            for place in rest:
-                await disk.write(place, os.pread(fd, 4096, (place + disk.size // 3) % disk.size))
-                if flush:
-                    await disk.flush()
+def writes(data: memoryview, places: list[int], depth: int, *, flush: bool = False) -> Work:
+    """Writes 4 KiB to each place, of the data that is some way on in the file system; flushes each time, or once."""
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(depth):
-                nursery.start_soon(load)
-        os.close(fd)
+    def requests() -> Iterator[generator.Request]:
+        for place in places:
+            source = (place + len(data) // 3 // 4096 * 4096) % len(data)
+            yield generator.write(place, bytes(data[source : source + 4096]))
+            if flush:
+                yield FLUSH
+        yield FLUSH
+
+    async def work(kernel: _native.Simulator) -> int:
+        await drive(kernel, requests(), depth)
         return len(places)
 
     return work
 
 
-def fills(raw: Path) -> Callable[[SimulatedDisk], Awaitable[int]]:
+def fills(data: memoryview) -> Work:
     """Writes all of the file system in order, but for what is zero; counts MiB."""
+    zeroes = bytes(256 * KIB)
 
-    async def work(disk: SimulatedDisk) -> int:
-        rest = iter(range(0, disk.size, 256 * KIB))
-        zeroes = bytes(256 * KIB)
-        fd = os.open(raw, os.O_RDONLY)
+    def requests() -> Iterator[generator.Request]:
+        for offset in range(0, len(data), 256 * KIB):
+            part = bytes(data[offset : offset + 256 * KIB])
+            if part != zeroes:
+                yield generator.write(offset, part)
+        yield FLUSH
 
-        async def load() -> None:
-            for offset in rest:
-                data = os.pread(fd, 256 * KIB, offset)
-                if data != zeroes:
-                    await disk.write(offset, data)
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(4):
-                nursery.start_soon(load)
-        os.close(fd)
-        return disk.size >> 20
+    async def work(kernel: _native.Simulator) -> int:
+        await drive(kernel, requests(), 4)
+        return len(data) >> 20
 
     return work
 
@@ -264,116 +273,189 @@ def qemu_img_bench(image: Path, size: int, count: int) -> Figure:
 
 # The patterns.
 
+OURS = "ours, 8 KiB"
+NBD8, NBD64, RAW = "qemu-nbd, 8 KiB", "qemu-nbd, 64 KiB", "qemu-nbd, raw"
+CONVERT8, CONVERT64 = "qemu-img convert -c -m 1, 8 KiB", "qemu-img convert -c -m 1, 64 KiB"
+BULK = "Bulk write of the file system"
+READ = "4 KiB random read, depth 32"
+IN_ORDER = "256 KiB sequential read, depth 8"
+OVERWRITE = "4 KiB random overwrite, depth 32, until it is durable (ours: and compressed)"
+FLUSHED = "4 KiB random write and flush, depth 1"
 
-def measure(directory: Path, plan: Plan, table: Table) -> None:
-    raw = directory / "raw"
-    make_raw(raw, plan.size)
-    size = plan.size
-    table.say("\n".join(f"- {key}: {value}" for key, value in conditions().items()))
-    table.say(f"- data: ext4 of {size >> 20} MiB with {', '.join(TREES)}")
-    qemu = run("qemu-img", "--version").splitlines()[0]
-    table.say(f"- runs: {plan.rounds} of {plan.seconds} s, or {plan.writes:,} writes; {qemu}")
-    table.say(
-        "- transports: ours the simulated ring, in the generator's process; qemu-nbd a Unix socket, driven by fio"
+
+class Images:
+    """The same data as a file system, in an image of ours, and in two of QEMU's."""
+
+    def __init__(self, directory: Path, plan: Plan) -> None:
+        self.plan = plan
+        self.raw, self.ours, self.peer8, self.peer64 = (directory / name for name in ("raw", "ours", "8k", "64k"))
+        self.scratch = directory / "scratch"
+        make_raw(self.raw, plan.size)
+        self.data = memoryview(self.raw.read_bytes())
+        self.used = self.raw.stat().st_blocks * 512
+        self._choose = random.Random(7)
+
+    def places(self, count: int) -> list[int]:
+        """Random ones, of 4 KiB."""
+        return [self._choose.randrange(self.plan.size // 4096) * 4096 for _ in range(count)]
+
+    def everywhere(self) -> list[int]:
+        """Each place once, in a random order."""
+        count = self.plan.size // 4096
+        return [place * 4096 for place in self._choose.sample(range(count), count)]
+
+    def fill(self) -> Figure:
+        self.ours.unlink(missing_ok=True)
+        create(self.ours, self.plan.size, cluster_size=8 * KIB)
+        return trio.run(_measure, self.ours, fills(self.data))
+
+    def convert(self, image: Path, cluster_size: int) -> Figure:
+        image.unlink(missing_ok=True)
+        start, before = time.perf_counter(), os.times()
+        convert(self.raw, image, cluster_size)
+        # Ours is timed until it is durable.
+        run("sync", image)
+        after, mib = os.times(), self.plan.size >> 20
+        cpu = after.children_user + after.children_system - before.children_user - before.children_system
+        return Figure(mib / (time.perf_counter() - start), cpu / mib * 1e6)
+
+    def copy(self, image: Path) -> Path:
+        """To write to. It is durable, so that the first flush has nothing of it to write."""
+        shutil.copyfile(image, self.scratch)
+        run("sync", self.scratch)
+        return self.scratch
+
+    def overwrite(self, places: list[int], depth: int, *, flush: bool = False) -> Figure:
+        return trio.run(_measure, self.copy(self.ours), writes(self.data, places, depth, flush=flush))
+
+    def peer(self, image: Path, form: str, count: int, depth: int, *options: str) -> Figure:
+        job = ["--rw=randwrite", "--bs=4k", f"--iodepth={depth}", f"--number_ios={count}", f"--io_size={count * 4096}"]
+        return fio(self.copy(image), form, self.plan.size, *job, *options, warm=False)
+
+
+def measure(directory: Path, plan: Plan, report: Report) -> None:
+    """All of it."""
+    images = Images(directory, plan)
+    size, seconds, rounds = plan.size, plan.seconds, plan.rounds
+    ours, peer8, peer64 = images.ours, images.peer8, images.peer64
+    report.say(
+        stated(
+            data=f"ext4 of {size >> 20} MiB with {', '.join(TREES)}",
+            runs=f"{rounds} of {seconds} s, or {plan.writes:,} writes, in turn, medians",
+            QEMU=run("qemu-img", "--version").splitlines()[0],
+            transports="ours the simulated ring, in the generator's process; qemu-nbd a Unix socket, driven by fio",
+        )
     )
-    ours, peer8, peer64 = directory / "ours", directory / "qemu-8k", directory / "qemu-64k"
-    figures: dict[str, list[Figure]] = {
-        "ours, 8 KiB": [],
-        "qemu-img convert -c -m 1, 8 KiB": [],
-        "the same, 64 KiB": [],
-    }
-    for _ in range(plan.rounds):
-        ours.unlink(missing_ok=True)
-        create(ours, size, cluster_size=8 * KIB)
-        figures["ours, 8 KiB"].append(trio.run(_measure, zstd(ours), fills(raw)))
-        for name, image, cluster in zip(list(figures)[1:], (peer8, peer64), (8 * KIB, 64 * KIB), strict=True):
-            start, before = time.perf_counter(), os.times()
-            convert(raw, image, cluster)
-            after = os.times()
-            cpu = after.children_user + after.children_system - before.children_user - before.children_system
-            mib = size >> 20
-            figures[name].append(Figure(mib / (time.perf_counter() - start), cpu / mib * 1e6))
-    run("qemu-img", "check", "-q", ours)
-    run("qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", raw, ours)
-    table.rows("Bulk write of the file system", 1, "MiB/s", figures)
-    used = raw.stat().st_blocks * 512
-    sizes = {path: path.stat().st_blocks * 512 for path in (ours, peer8, peer64)}
-    table.say("\n| fresh image | MiB | of `convert -c` at 64 KiB |\n| --- | ---: | ---: |")
-    table.say(f"| the data, without holes | {used / MIB:.0f} | {used / sizes[peer64]:.3f} |")
-    for name, path in zip(figures, sizes, strict=True):
-        table.say(f"| {name} | {sizes[path] / MIB:.0f} | {sizes[path] / sizes[peer64]:.3f} |")
-
-    def pattern(title: str, unit: float, name: str, runs: dict[str, Callable[[], Figure]]) -> None:
-        table.rows(title, unit, name, {server: [one() for _ in range(plan.rounds)] for server, one in runs.items()})
-
-    timed = ["--time_based", f"--runtime={plan.seconds}"]
-    random_read = ["--rw=randread", "--bs=4k", "--iodepth=32", *timed]
-    pattern(
-        "4 KiB random read, depth 32", 1, "per second",
+    report.pattern(
+        BULK, 1, "MiB/s", rounds,
         {
-            "ours, 8 KiB": lambda: trio.run(_measure, zstd(ours), reads(4096, 32, plan.seconds), size),
-            "qemu-nbd, 64 KiB": lambda: fio(peer64, "qcow2", size, *random_read),
-            "qemu-nbd, 8 KiB": lambda: fio(peer8, "qcow2", size, *random_read),
+            OURS: images.fill,
+            CONVERT8: lambda: images.convert(peer8, 8 * KIB),
+            CONVERT64: lambda: images.convert(peer64, 64 * KIB),
+        },
+    )  # fmt: skip
+    report.compare(BULK, CONVERT8, 2)
+    run("qemu-img", "check", "-q", ours)
+    run("qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", images.raw, ours)
+    sizes = {OURS: space(ours), CONVERT8: space(peer8), CONVERT64: space(peer64)}
+    shown = {"the data, without holes": images.used, **sizes}
+    rows = [[name, f"{taken / MIB:.1f}", f"{taken / sizes[CONVERT64]:.3f}"] for name, taken in shown.items()]
+    report.say(table(["fresh image", "MiB", "of `convert -c` at 64 KiB"], rows))
+    report.judge("Fresh image: parts of `qemu-img convert -c` at 64 KiB", sizes[OURS] / sizes[CONVERT64], "≤", 1.1)
+
+    timed = ["--time_based", f"--runtime={seconds}"]
+    random_read = ["--rw=randread", "--bs=4k", "--iodepth=32", *timed]
+    report.pattern(
+        READ, 1, "per second", rounds,
+        {
+            OURS: lambda: trio.run(_measure, ours, reads(size, 32, seconds), size),
+            NBD64: lambda: fio(peer64, "qcow2", size, *random_read),
+            NBD8: lambda: fio(peer8, "qcow2", size, *random_read),
             "qemu-img bench, 64 KiB, no transport": lambda: qemu_img_bench(peer64, size, plan.writes),
             "qemu-img bench, 8 KiB, no transport": lambda: qemu_img_bench(peer8, size, plan.writes),
         },
     )  # fmt: skip
-    in_order = reads(256 * KIB, 8, plan.seconds, sequential=True)
-    pattern(
-        "256 KiB sequential read, depth 8", 0.25, "MiB/s",
+    report.compare(READ, NBD64, 4)
+    report.compare(READ, NBD8, 2.5)
+    in_order = ["--rw=read", "--bs=256k", "--iodepth=8", *timed]
+    report.pattern(
+        IN_ORDER, 0.25, "MiB/s", rounds,
         {
-            "ours, 8 KiB": lambda: trio.run(_measure, zstd(ours), in_order, size),
-            "qemu-nbd, 64 KiB": lambda: fio(peer64, "qcow2", size, "--rw=read", "--bs=256k", "--iodepth=8", *timed),
-            "qemu-nbd, 8 KiB": lambda: fio(peer8, "qcow2", size, "--rw=read", "--bs=256k", "--iodepth=8", *timed),
+            OURS: lambda: trio.run(_measure, ours, reads_in_order(size, 8, seconds), size),
+            NBD64: lambda: fio(peer64, "qcow2", size, *in_order),
+            NBD8: lambda: fio(peer8, "qcow2", size, *in_order),
         },
     )  # fmt: skip
-
-    choose = random.Random(7)
-    scratch = directory / "scratch"
-
-    def copied(image: Path) -> Path:
-        shutil.copyfile(image, scratch)
-        return scratch
-
-    def overwrite(count: int, depth: int, flush: bool) -> Figure:
-        places = [choose.randrange(size // 4096) * 4096 for _ in range(count)]
-        return trio.run(_measure, zstd(copied(ours)), writes(raw, places, depth, flush=flush))
-
-    def peer(image: Path, form: str, count: int, depth: int, *options: str) -> Figure:
-        job = ["--rw=randwrite", "--bs=4k", f"--iodepth={depth}", f"--number_ios={count}", f"--io_size={count * 4096}"]
-        return fio(copied(image), form, size, *job, *options, warm=False)
-
-    pattern(
-        "4 KiB random overwrite, depth 32, until it is durable (ours: and compressed)", 1, "per second",
+    report.compare(IN_ORDER, NBD64, 1)
+    report.pattern(
+        OVERWRITE, 1, "per second", rounds,
         {
-            "ours, 8 KiB": lambda: overwrite(plan.writes, 32, False),
-            "qemu-nbd, 8 KiB": lambda: peer(peer8, "qcow2", plan.writes, 32, "--end_fsync=1"),
-            "qemu-nbd, 64 KiB": lambda: peer(peer64, "qcow2", plan.writes, 32, "--end_fsync=1"),
+            OURS: lambda: images.overwrite(images.places(plan.writes), 32),
+            NBD8: lambda: images.peer(peer8, "qcow2", plan.writes, 32, "--end_fsync=1"),
+            NBD64: lambda: images.peer(peer64, "qcow2", plan.writes, 32, "--end_fsync=1"),
         },
     )  # fmt: skip
-    count = max(plan.writes // 20, 500)
-    pattern(
-        "4 KiB random write and flush, depth 1", 1, "per second",
+    report.compare(OVERWRITE, NBD8, 3)
+    count = plan.writes // 6
+    report.pattern(
+        FLUSHED, 1, "per second", rounds,
         {
-            "ours, 8 KiB": lambda: overwrite(count, 1, True),
-            "qemu-nbd, 64 KiB": lambda: peer(peer64, "qcow2", count, 1, "--fsync=1"),
-            "qemu-nbd, 8 KiB": lambda: peer(peer8, "qcow2", count, 1, "--fsync=1"),
-            "qemu-nbd, raw": lambda: peer(raw, "raw", count, 1, "--fsync=1"),
+            OURS: lambda: images.overwrite(images.places(count), 1, flush=True),
+            NBD64: lambda: images.peer(peer64, "qcow2", count, 1, "--fsync=1"),
+            NBD8: lambda: images.peer(peer8, "qcow2", count, 1, "--fsync=1"),
+            RAW: lambda: images.peer(images.raw, "raw", count, 1, "--fsync=1"),
         },
     )  # fmt: skip
+    report.compare(FLUSHED, NBD64, 2.5)
+    report.compare(FLUSHED, RAW, 1)
 
-    everything = [place * 4096 for place in choose.sample(range(size // 4096), size // 4096)]
-    trio.run(_measure, zstd(copied(ours)), writes(raw, everything, 32))
-    run("qemu-img", "check", "-q", scratch)
-    ours_after = scratch.stat().st_blocks * 512
-    peer(peer8, "qcow2", 2 * size // 4096, 32, "--end_fsync=1")
-    theirs = scratch.stat().st_blocks * 512
-    table.say("\n| after overwriting everything, at random | MiB | raw is larger by |\n| --- | ---: | ---: |")
-    table.say(f"| ours, 8 KiB | {ours_after / MIB:.0f} | {used / ours_after:.2f} x |")
-    table.say(
-        f"| qemu-nbd, 8 KiB (twice as many writes, at random places) | {theirs / MIB:.0f} | {used / theirs:.2f} x |"
+    images.overwrite(images.everywhere(), 32)
+    run("qemu-img", "check", "-q", images.scratch)
+    ours_after = space(images.scratch)
+    images.peer(peer8, "qcow2", size // 4096, 32, "--end_fsync=1")
+    theirs = space(images.scratch)
+    rows = [
+        [OURS, f"{ours_after / MIB:.1f}", f"{images.used / ours_after:.2f} x"],
+        [f"{NBD8}, as many writes, at random places", f"{theirs / MIB:.1f}", f"{images.used / theirs:.2f} x"],
+    ]
+    report.say(table(["after overwriting everything, at random", "MiB", "raw is larger by"], rows))
+    report.judge("After overwriting everything: raw over ours", images.used / ours_after, "≥", 1.9)
+    measure_big(directory / "big", report)
+
+
+def levels(directory: Path, report: Report) -> None:
+    """What levels and cluster sizes gain and cost, on 64 MiB of the same data: `--levels`."""
+    size = 64 * MIB
+    raw, image = directory / "raw", directory / "image"
+    make_raw(raw, size)
+    data = memoryview(raw.read_bytes())
+    used = raw.stat().st_blocks * 512
+    report.say(stated(data=f"ext4 of {size >> 20} MiB with {', '.join(TREES)}", runs="one of each, processor time"))
+    rows: list[list[object]] = []
+    for cluster_size in (4 * KIB, 8 * KIB, 16 * KIB, 64 * KIB):
+        for level in LEVELS:
+            image.unlink(missing_ok=True)
+            create(image, size, cluster_size=cluster_size)
+            written = trio.run(_measure, image, fills(data), 0, level)
+            read = trio.run(_measure, image, reads(size, 32, 0.5), size)
+            speed = used / (written.cpu / 1e6 * (size >> 20)) / 1e6
+            rows.append(
+                [
+                    f"{cluster_size >> 10} KiB",
+                    level,
+                    f"{used / space(image):.3f}",
+                    f"{speed:.0f} MB/s",
+                    f"{read.cpu:.1f} µs",
+                ]
+            )
+    report.say(
+        table(["clusters", "level", "raw is larger by", "written, per s of CPU", "4 KiB random read, CPU"], rows)
     )
-    measure_big(directory / "big", table)
+
+
+def space(image: Path) -> int:
+    """Bytes that a file takes."""
+    return image.stat().st_blocks * 512
 
 
 BIG_PROGRAM = """
@@ -402,49 +484,51 @@ async def main():
                 most = max(most, rss())
         await disk.flush()
         most = max(most, rss())
-    print(opened, at_open - before, most - before)
+    print(before, opened, at_open - before, most - before)
 
 trio.run(main)
 """
 
 
-def measure_big(image: Path, table: Table) -> None:
+def measure_big(image: Path, report: Report) -> None:
     """Memory and time of opening, at 16 TiB, each in a process of its own; twice, for the second has tables to read."""
     create(image, BIG, cluster_size=8 * KIB)
-    table.say(
-        "\n| 16 TiB, clusters of 8 KiB | opened in | memory when open | most, in 20,000 random reads and writes |"
-    )
-    table.say("| --- | ---: | ---: | ---: |")
+    rows: list[list[object]] = []
+    slowest = largest = 0.0
     for name in ("empty", "with 10,000 clusters all over it"):
         output = run(sys.executable, "-c", BIG_PROGRAM, image, 20_000).split()
-        opened, at_open, most = map(float, output)
-        table.say(f"| {name} | {opened * 1000:.0f} ms | {at_open / MIB:.0f} MiB | {most / MIB:.0f} MiB |")
+        base, opened, at_open, most = map(float, output)
+        shown = [f"{bytes_ / MIB:.0f} MiB" for bytes_ in (base, at_open, most)]
+        rows.append([name, f"{opened * 1000:.0f} ms", *shown])
+        slowest, largest = max(slowest, opened), max(largest, most / MIB)
+    report.say(
+        table(["16 TiB, clusters of 8 KiB", "opened in", "process before", "grown by, open", "grown by, at most"], rows)
+    )
+    report.say("The most is that of 20,000 random reads and writes and of the flush behind them, sampled all along.")
+    report.judge("16 TiB: seconds to open", slowest, "≤", 1)
+    report.judge("16 TiB: MiB that the process grows by", largest, "≤", 64)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less of everything: two minutes")
     parser.add_argument("--directory", default="/var/tmp")
-    parser.add_argument("--write", action="store_true", help="put the table into bench/RESULTS.md")
+    parser.add_argument("--write", action="store_true", help="put the figures into bench/RESULTS.md")
+    parser.add_argument("--levels", action="store_true", help="what levels and cluster sizes gain and cost, alone")
     arguments = parser.parse_args()
     for program in ("qemu-img", "qemu-nbd", "fio", "mke2fs"):
         if shutil.which(program) is None:
             sys.exit(f"{program} is missing: apt-get install qemu-utils fio e2fsprogs")
-    plan = Plan(192 * MIB, 1.0, 1, 10_000) if arguments.quick else Plan(512 * MIB, 3.0, 3, 40_000)
-    table = Table()
+    plan = Plan(192 * MIB, 1.0, 1, 6_000) if arguments.quick else Plan(256 * MIB, 1.5, 3, 12_000)
+    report = Report()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
-        measure(Path(name), plan, table)
+        if arguments.levels:
+            levels(Path(name), report)
+            return
+        measure(Path(name), plan, report)
+    report.verdict()
     if arguments.write:
-        save("\n".join(table.lines), "python -m bench.qcow2" + (" --quick" if arguments.quick else ""))
-
-
-def save(text: str, command: str) -> None:
-    """Replaces what an earlier run has left in RESULTS.md."""
-    title = "## `python -m bench.qcow2"
-    before, found, rest = RESULTS.read_text().partition(title)
-    _, more, behind = rest.partition("\n## ") if found else ("", "", "")
-    section = f"## `{command}`\n\n{text.strip()}\n"
-    RESULTS.write_text(f"{before.rstrip()}\n\n{section}" + (f"\n## {behind}" if more else ""))
+        publish("bench.qcow2", "\n\n".join(report.parts), write=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from .conditions import conditions
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 README = HERE.parent / "README.md"
+TUNING = HERE.parent / "docs/tuning.md"
 PLOTS = HERE / "plots"
 # Figures of matplotlib, by name: files when the section is written.
 _drawn: dict[str, Any] = {}
@@ -99,14 +100,14 @@ def stated(**more: object) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in {**conditions(), **more}.items())
 
 
-def publish(module: str, text: str, *, write: bool, claims: Sequence[str] = ()) -> None:
+def publish(module: str, text: str, *, write: bool, elsewhere: Mapping[Path, str] | None = None) -> None:
     """Prints a section, and on request puts it into `RESULTS.md` in place of the one before.
 
     Args:
         module: The benchmark, by which the section is found.
         text: What is below its heading.
-        write: Change the file.
-        claims: What the README says of it, wins and losses: sentences, in place of those before.
+        write: Change the files.
+        elsewhere: What other pages say of it, wins and losses, in place of what they said before.
     """
     section = f"## `python -m {module}`\n\n{text}\n"
     print(section)
@@ -121,21 +122,25 @@ def publish(module: str, text: str, *, write: bool, claims: Sequence[str] = ()) 
     PLOTS.mkdir(exist_ok=True)
     for name, figure in _drawn.items():
         figure.savefig(PLOTS / f"{name}.png", dpi=110)
-    if claims:
-        README.write_text(claimed(README.read_text(), module, claims))
+    for page, block in (elsewhere or {}).items():
+        page.write_text(inserted(page.read_text(), module, block))
 
 
-def claimed(readme: str, module: str, claims: Sequence[str]) -> str:
-    """A README with these claims between the marks of a benchmark.
+def claims(sentences: Sequence[str]) -> str:
+    """A list, for the README."""
+    wrap = textwrap.TextWrapper(120, initial_indent="- ", subsequent_indent="  ", break_long_words=False)
+    return "\n".join(map(wrap.fill, sentences))
+
+
+def inserted(page: str, module: str, block: str) -> str:
+    """A page with this block between the marks of a benchmark.
 
     Raises:
         ValueError: It has no such marks.
     """
     begin, end = f"<!-- {module} -->\n", f"<!-- end of {module} -->\n"
-    head, found, rest = readme.partition(begin)
+    head, found, rest = page.partition(begin)
     _, found_end, tail = rest.partition(end)
     if not (found and found_end):
-        raise ValueError(f"README.md has no {begin.strip()} and {end.strip()}")
-    wrap = textwrap.TextWrapper(120, initial_indent="- ", subsequent_indent="  ", break_long_words=False)
-    lines = "".join(wrap.fill(claim) + "\n" for claim in claims)
-    return head + begin + lines + end + tail
+        raise ValueError(f"there is no {begin.strip()} and {end.strip()}")
+    return f"{head}{begin}\n{block}\n\n{end}{tail}"

@@ -114,6 +114,7 @@ class FileHandler(BlockHandler):
         fd, made = await trio.to_thread.run_sync(self._open)
         try:
             self.can_discard = not self.read_only and await self._punches(fd)
+            self.can_set_size = not self.read_only
         except BaseException:
             self._undo(fd, made)
             raise
@@ -283,6 +284,23 @@ class FileHandler(BlockHandler):
                 data = hole
             offset = data
         return found
+
+    @blocking
+    def set_size(self, size: int) -> None:
+        """Makes the file so large; a block device has to have the size already, for it is others that change it."""
+        if stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.ftruncate(self._fd, size)
+        elif (found := os.lseek(self._fd, 0, os.SEEK_END)) < size:
+            raise ValueError(f"{self.path} has {found} bytes, not {size}: enlarge the block device first")
+        self.size = size
+        if self._wanted_size is not None:
+            self._wanted_size = size
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            # It may be about data that was written: see `flush`.
+            self._sync_failed = error
+            raise
 
     def _ends_before(self, offset: int) -> bool:
         return stat.S_ISBLK(os.fstat(self._fd).st_mode) and os.lseek(self._fd, 0, os.SEEK_END) < offset

@@ -55,6 +55,18 @@ class RamHandler(BlockHandler):
             self._map.close()
             self._taken.close()
 
+    def set_size(self, size: int) -> None:
+        """Takes or gives back address space; what is behind a new end is forgotten first."""
+        if size < self.size:
+            self.discard(size, self.size - size)
+        self._data.release()
+        try:
+            self._map.resize(size)
+            self._taken.resize(-(-size // mmap.PAGESIZE))
+            self.size = size
+        finally:
+            self._data = memoryview(self._map)
+
     def read(self, offset: int, iov: IoVec) -> None:
         """Copies out."""
         iov.copy_from(self._data[offset : offset + iov.nbytes])

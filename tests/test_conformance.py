@@ -42,6 +42,11 @@ class Whole(PlainDisk):
     def write_zeroes(self, offset: int, length: int) -> None:
         self.data[offset : offset + length] = bytes(length)
 
+    def set_size(self, size: int) -> None:
+        del self.data[size:]
+        self.data.extend(bytes(size - len(self.data)))
+        self.size = size
+
 
 @pytest.mark.parametrize("disk_class", [Whole, PlainDisk, AsyncDisk, BlockingDisk])
 async def test_good_handlers_pass(disk_class: type[Storage]) -> None:
@@ -300,6 +305,36 @@ class Discarded(Whole):
         super().read(offset, iov)
 
 
+class KeepsItsSize(Whole):
+    """RESIZE: size is 1048576 after set_size(2097152)"""
+
+    def set_size(self, size: int) -> None:
+        pass
+
+
+class MovesToEmptyMemory(Whole):
+    """RESIZE: after set_size(2097152), byte 1048064"""
+
+    def set_size(self, size: int) -> None:
+        self.size = size
+        self.data = bytearray(size)
+
+
+class RemembersWhatWasCutOff(Whole):
+    """RESIZE: in what is new after set_size(2097152), byte 1048576"""
+
+    def set_size(self, size: int) -> None:
+        self.data.extend(bytes(max(size - len(self.data), 0)))
+        self.size = size
+
+
+class CannotGrow(Whole):
+    """RESIZE: set_size(2097152) raised OSError"""
+
+    def set_size(self, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+
 class SaysNothing(Whole):
     """EXTENTS: says nothing of the block at 0"""
 
@@ -467,6 +502,10 @@ BROKEN = [
     DiscardsTooMuch,
     CannotReadWhatWasDiscarded,
     Discarded,
+    KeepsItsSize,
+    MovesToEmptyMemory,
+    RemembersWhatWasCutOff,
+    CannotGrow,
     SaysNothing,
     SaysBytes,
     SaysNumbers,

@@ -159,3 +159,29 @@ async def test_idle_devices_do_nothing() -> None:
         # The end of the sleep, and what wakes up a loop now and again: a signal, a child.
         assert instrument.count <= 5
         stop.set()
+
+
+async def test_a_ring_that_is_never_empty_leaves_turns_to_others() -> None:
+    """Not after each small batch, which would cost more than the batch, but often enough."""
+    count = 400
+
+    class Chain(Async):
+        async def read(self, offset: int, iov: IoVec) -> None:
+            await super().read(offset, iov)
+            if len(tickets) < count:
+                tickets.append(disk.submit(read16(0), data_in=BLOCK))
+            else:
+                last.set()
+
+    last, instrument = trio.Event(), WakeUps()
+    async with simulated(Chain()) as disk:
+        tickets: list[int] = []
+        tickets.append(disk.submit(read16(0), data_in=BLOCK))
+        trio.lowlevel.add_instrument(instrument)
+        await last.wait()
+        trio.lowlevel.remove_instrument(instrument)
+        for ticket in tickets:
+            (await disk.wait(ticket)).check()
+        assert disk.device.statistics().batches >= count
+    # One command at a time, and 64 of them at the very most between two passes.
+    assert count / 64 <= instrument.count <= count / 4

@@ -254,6 +254,34 @@ async def test_a_cancelled_transfer_ends_before_its_call_does() -> None:
     os.close(sender)
 
 
+async def test_what_is_cancelled_before_it_begins_is_not_done(way: str, fd: int, content: bytes) -> None:
+    source = bytearray(b"x" * 4096)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await IoVec([source]).write_to(fd, 0, fua=True)
+    assert scope.cancelled_caught
+    source.append(0)
+    assert os.pread(fd, SIZE, 0) == content
+
+
+async def test_writes_of_many_at_the_same_place_are_whole(way: str, fd: int) -> None:
+    """One after the other: never a mixture."""
+    pieces = [bytes([number]) * 65536 for number in range(1, 40)]
+    done = []
+
+    async def replace(piece: bytes) -> None:
+        await write(fd, 0, IoVec([piece]))
+        done.append(piece)
+
+    async with trio.open_nursery() as nursery:
+        for number, piece in enumerate(pieces):
+            nursery.start_soon(replace, piece)
+            if number % 10 == 0:
+                await trio.lowlevel.checkpoint()
+    assert len(done) == len(pieces)
+    assert os.pread(fd, 65536, 0) in pieces
+
+
 @uring
 async def test_whoever_watches_the_queue_may_go_first_or_last() -> None:
     """One of the tasks that wait looks after the queue for all of them: its own end or cancellation is not theirs."""

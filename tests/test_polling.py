@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcmu_rs import _native
 from tcmu_rs._polling import START, next_window
+from tcmu_rs._runtime import Device
+from tcmu_rs._service import naa_of, serve_ring
 from tcmu_rs.testing import simulated
 
 from .disks import BLOCK, GOOD, AsyncDisk, Gated, read16
@@ -40,26 +43,36 @@ def test_the_window_gets_to_what_it_takes() -> None:
 
 async def test_others_run_and_the_device_ends_while_it_looks() -> None:
     """A window that nothing closes, and commands from another thread: no task of the loop does the submitting."""
-    async with simulated(AsyncDisk(), busy_poll=3600) as disk:
-        assert disk.device._polling is not None
-        disk.device._polling._window = 3600 * 10**9
-        finished = threading.Event()
+    kernel = _native.Simulator()
+    serve = functools.partial(
+        serve_ring,
+        AsyncDisk(),
+        memory=kernel.memory_fileno(),
+        event=kernel.consumer_fileno(),
+        map_size=kernel.size,
+        name="polled",
+        serial="polled",
+        naa=naa_of("1"),
+        strict=True,
+        busy_poll=3600,
+    )
 
-        def initiate() -> None:
-            for block in range(8):
-                disk.kernel.submit(read16(block), None, BLOCK)
-            finished.set()
+    def initiate() -> None:
+        for block in range(8):
+            kernel.submit(read16(block), None, BLOCK)
 
-        thread = threading.Thread(target=initiate)
-        thread.start()
-        with trio.fail_after(30):
-            while not finished.is_set() or disk.device.statistics().in_flight or disk.device.statistics().commands < 8:
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            device: Device = await nursery.start(serve)
+            assert device._polling is not None
+            device._polling._window = 3600 * 10**9
+            await trio.to_thread.run_sync(initiate)
+            while device.statistics().commands < 8 or device.statistics().in_flight:
                 await trio.lowlevel.checkpoint()
-        thread.join()
-        assert [status for _, status, *_ in disk.kernel.process()] == [GOOD] * 8
-        # It is in no system call that a descriptor ends.
-        with trio.fail_after(30):
             await trio.sleep(0.01)
+            device.stop()
+    assert [status for _, status, *_ in kernel.process()] == [GOOD] * 8
+    assert not kernel.violations
 
 
 async def test_handlers_that_wait_have_the_loop() -> None:

@@ -152,6 +152,19 @@ async def test_backing_files_stay_where_they_may_be(tmp_path: Path) -> None:
         await contents(path)
 
 
+async def test_zstd_is_not_written_as_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", path, MIB)
+    with pytest.raises(Qcow2Error, match=r"compression type zlib.*compression=on"):
+        async with ZstdHandler(path):
+            pass
+    async with ZstdHandler(path, read_only=True):
+        pass
+    async with Qcow2Handler(path, compress=True) as disk:
+        await disk.write(0, IoVec([b"text" * 16384]))
+    check(path)
+
+
 async def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     create(path, MIB)
@@ -357,7 +370,7 @@ async def test_a_burst_of_small_writes_compresses_each_cluster_once(tmp_path: Pa
             await disk.write(at, IoVec([bytes([1 + at // 4096]) * 4096]))
         await disk.flush()
         found = disk.statistics()
-        assert (found["misses"], found["hits"], found["destaged"], found["commits"]) == (2, 30, 0, 1)
+        assert (found["cache_misses"], found["cache_hits"], found["destaged"], found["commits"]) == (2, 30, 0, 1)
     check(path)
 
 

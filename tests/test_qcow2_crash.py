@@ -114,8 +114,8 @@ async def test_a_real_file(tmp_path: Path) -> None:
 def forget_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     take = Writer._take
 
-    def without(self: Writer, *, images: bool) -> Any:
-        record, *rest = take(self, images=images)
+    def without(self: Writer, **which: bool) -> Any:
+        record, *rest = take(self, **which)
         record.pieces = []
         return record, *rest
 
@@ -125,8 +125,8 @@ def forget_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def forget_what_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     take = Writer._take
 
-    def without(self: Writer, *, images: bool) -> Any:
-        record, *rest = take(self, images=images)
+    def without(self: Writer, **which: bool) -> Any:
+        record, *rest = take(self, **which)
         record.settled = []
         return record, *rest
 

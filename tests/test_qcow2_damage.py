@@ -149,6 +149,21 @@ def test_damage_is_an_error_or_nothing(log: Log, damaged: tuple[str, list[tuple[
     log.records.clear()
 
 
+def test_a_log_that_is_said_to_be_larger_than_the_file() -> None:
+    """What is behind it would have been free, and a table of refcounts for all that would have been made: 24 GB."""
+    image = images()["log"].copy()
+    at = bytes(image.read(0, 4096)).index(b"tcWL") + 24
+    for size in (1 << 40, 1 << 62):
+        image.write(at, size.to_bytes(8, "big"))
+
+        async def opens() -> None:
+            with qcow2.on_medium(Medium(image)) as handler:
+                await handler.open()
+
+        with pytest.raises(Qcow2Error, match=r"is not in the file|cannot be"):
+            trio.run(opens)
+
+
 async def test_every_bit_of_a_compressed_cluster_is_covered(tmp_path: Path) -> None:
     medium = Medium(qcow2.make(tmp_path / "image", SIZE, "-o", "cluster_size=8k,compression_type=zstd"))
     data = Random(4).randbytes(SIZE // 2) + b"text " * (SIZE // 10) + bytes(SIZE)

@@ -18,6 +18,7 @@ from tcmu_rs._cli import main
 from tcmu_rs.handlers.luks import LuksError, WrongPassphraseError
 from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, ZstdHandler, create
 from tcmu_rs.handlers.qcow2.encryption import make_encryption
+from tcmu_rs.testing import check_block_handler
 from tcmu_rs.testing.crash import Image, Medium, check_power_cuts
 
 from . import qcow2
@@ -90,6 +91,13 @@ async def test_what_we_encrypted_qemu_reads(tmp_path: Path, seed: int) -> None:
     assert await contents(path, key_provider=key) == model
 
 
+async def test_obligations(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    make(path)
+    await check_block_handler(lambda: Qcow2Handler(path, key_provider=key), persistent=True)
+    raw(path)
+
+
 async def test_a_thief_finds_nothing_in_the_log_either(tmp_path: Path) -> None:
     path, left = tmp_path / "disk.qcow2", tmp_path / "left.qcow2"
     make(path)
@@ -98,7 +106,7 @@ async def test_a_thief_finds_nothing_in_the_log_either(tmp_path: Path) -> None:
         await disk.write(4096, IoVec([secret[:65536]]))
         await disk.write(512 * 1001, IoVec([secret[:512]]))
         await disk.flush()
-        assert disk.statistics()["dirty"]
+        assert disk.statistics()["dirty_bytes"]
         shutil.copy(path, left)
     for file in (path, left):
         data = file.read_bytes()

@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 from click.testing import CliRunner
 
-from tcmu_rs import IoVec, Options
+from tcmu_rs import IoVec, Options, _control, _resize
 from tcmu_rs._cli import main
-from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, create
+from tcmu_rs._control import Message
+from tcmu_rs._service import verbs
+from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, ZstdHandler, create
+from tcmu_rs.handlers.qcow2.encryption import make_encryption
+from tcmu_rs.handlers.ram import RamHandler
+from tcmu_rs.testing import simulated
 
+from .luks import CHEAP, PASSPHRASE, key
 from .test_qcow2 import check, contents, qemu, random_image, random_writes, raw, work
 
 MIB = 1 << 20
@@ -128,6 +137,92 @@ async def test_a_log_that_was_left_is_replayed_by_repair(tmp_path: Path) -> None
     assert await Qcow2Handler.check(str(left), NOTHING, repair=True) == {"ok": True, "problems": [], "repaired": True}
     check(left)
     assert raw(left)[4096:8192] == b"x" * 4096
+
+
+async def test_snapshots_of_a_disk_in_service(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    keys = iter([PASSPHRASE])
+    create(path, MIB, encryption=make_encryption([PASSPHRASE], kdf=CHEAP))
+    # As somebody at a terminal, who is not asked again.
+    async with simulated(Qcow2Handler(path, key_provider=lambda _: next(keys))) as disk:
+        for number in (1, 2):
+            await disk.write(0, bytes([number]) * 4096)
+            await disk.device.change_snapshots("create", f"s{number}")
+        await disk.write(4096, b"x" * 4096)
+        for action, name, why in (
+            ("create", "s1", "already"),
+            ("delete", "s3", "no snapshot"),
+            ("apply", "s1", "under"),
+        ):
+            with pytest.raises(ValueError, match=why):
+                await disk.device.change_snapshots(action, name)
+        assert await disk.read(0, 8192) == b"\2" * 4096 + b"x" * 4096
+        (answer,) = [verb for name, verb in verbs(lambda: [disk.device]).items() if name == "snapshot"]
+        request = Message({"name": disk.device.name, "action": "delete", "snapshot": "s2"}, [])
+        assert await answer(request, None) == {}  # type: ignore[arg-type]
+        await disk.device.resize(2 * MIB - 512)
+        await disk.scsi(bytes(6))
+        await disk.write(MIB, b"y" * 512)
+    assert [one["name"] for one in await Qcow2Handler.snapshots(str(path), NOTHING)] == ["s1"]
+    assert (await contents(path, key_provider=key, snapshot="s1"))[:4096] == b"\1" * 4096
+    found = await contents(path, key_provider=key)
+    assert found[:8192] == b"\2" * 4096 + b"x" * 4096 and found[MIB : MIB + 512] == b"y" * 512
+    async with simulated(RamHandler(MIB)) as disk:
+        with pytest.raises(TypeError, match="no snapshots in service: detach"):
+            await disk.device.change_snapshots("create", "s1")
+
+
+async def test_the_command_asks_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "disk.qcow2"
+    create(path, MIB)
+
+    async def run(*words: str) -> str:
+        invoke = partial(CliRunner().invoke, main, ["snapshot", *words])
+        return (await trio.to_thread.run_sync(invoke)).output
+
+    async with simulated(Qcow2Handler(path)) as disk, trio.open_nursery() as nursery:
+        serving = partial(_control.serve, verbs(lambda: [disk.device]), directory=tmp_path / "run")
+        socket = await nursery.start(serving)
+        device = SimpleNamespace(name=disk.device.name, pid=1)
+        monkeypatch.setattr(_resize, "find", lambda *_: device)
+        monkeypatch.setattr(_control, "sockets", lambda _: [socket])
+        await disk.write(0, b"x" * 4096)
+        assert await run("create", f"qcow2:{path}", "one") == ""
+        await disk.write(0, b"y" * 4096)
+        assert "detach it first" in await run("apply", f"qcow2:{path}", "one")
+        assert "there is no snapshot" in await run("delete", f"qcow2:{path}", "two")
+        assert await disk.read(0, 4096) == b"y" * 4096
+        device.pid = None
+        assert "nobody serves it" in await run("delete", f"qcow2:{path}", "one")
+        nursery.cancel_scope.cancel()
+    check(path)
+    assert (await contents(path, snapshot="one"))[:4096] == b"x" * 4096
+
+
+async def test_the_level_is_chosen_when_the_image_is_made(tmp_path: Path) -> None:
+    text = b"".join(b"%d bottles of beer on the wall\n" % number for number in range(40000))[:MIB]
+    sizes = {}
+    for level in ("1", "19"):
+        path = tmp_path / f"{level}.qcow2"
+        options = Options(size=MIB, extra={"level": level, "cluster-size": "64K"})
+        async with await ZstdHandler.create(str(path), options):
+            pass
+        # QEMU keeps what it does not know.
+        qemu("qemu-img", "amend", "-f", "qcow2", "-o", "lazy_refcounts=on", path)
+        async with ZstdHandler(path) as disk:
+            await disk.write(0, IoVec([text]))
+            assert disk._writer is not None
+            await disk._writer.destage()
+            sizes[level] = disk.statistics()["stored_bytes"]
+        check(path)
+        found = await ZstdHandler.info(str(path), NOTHING)
+        assert found["level"] == int(level)
+        await ZstdHandler.compact(str(path), NOTHING)
+        assert (await ZstdHandler.info(str(path), NOTHING))["level"] == int(level)
+        assert raw(path) == text
+    assert sizes["19"] < sizes["1"]
+    with pytest.raises(ValueError, match="level is 23; for zstd it is 1 to 22"):
+        create(tmp_path / "x", MIB, level=23)
 
 
 def test_the_commands(tmp_path: Path) -> None:

@@ -372,7 +372,7 @@ async def test_one_replacement_at_a_time(autojump_clock: MockClock) -> None:
         await wait_all_tasks_blocked()
         nursery.start_soon(disk.device.replace, Gated(1))
         await wait_all_tasks_blocked()
-        with pytest.raises(trio.BusyResourceError, match="another replacement"):
+        with pytest.raises(trio.BusyResourceError, match="another change"):
             await disk.device.replace(Gated(1))
         with pytest.raises(ValueError, match="itself"):
             await disk.device.replace(old)

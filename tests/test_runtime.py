@@ -15,7 +15,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 import tcmu_rs
 from tcmu_rs import IoVec, RingCorruptError, _native
-from tcmu_rs._runtime import Device, serve_ring
+from tcmu_rs._runtime import Device
+from tcmu_rs._service import serve_ring
 from tcmu_rs.testing import CAP_KEEP_BUF, CAP_OOOC, CAP_READ_LEN, CAP_TMR, SimulatedDisk, simulated
 
 from .conftest import Log

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import threading
 import time
 from contextlib import suppress
+from typing import Any, ClassVar
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import tcmu_rs
-from tcmu_rs import IoVec, _statistics, _watchdog, _where
+from tcmu_rs import IoVec, _statistics, _top, _watchdog, _where
 from tcmu_rs.testing import SimulatedDisk, simulated
 
 from .conftest import Log
@@ -294,6 +296,31 @@ async def test_what_is_counted(log: Log) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.commands = 1  # type: ignore[misc]
     assert json.loads(json.dumps(_statistics.as_json(found)))["verbs"]["write"]["bytes"] == 8 * BLOCK
+
+
+class Telling(PlainDisk):
+    told: ClassVar[dict[str, Any]] = {"ratio": 2.125, "dirty_bytes": 3 << 20, "moves": 4}
+
+    def statistics(self) -> dict[str, Any]:
+        return self.told
+
+
+async def test_what_a_handler_tells_of_its_storage(log: Log) -> None:
+    async with simulated(Telling()) as disk:
+        found = disk.device.statistics()
+        assert found.storage == Telling.told
+        record = {"name": "disk", "handler": "Telling"} | json.loads(json.dumps(_statistics.as_json(found)))
+        assert [line for line in _top.describe(record) if line.startswith("storage")] == [
+            "storage, ratio: 2.12",
+            "storage, dirty: 3.0 MiB",
+            "storage, moves: 4",
+        ]
+    for told in ({"x": "much"}, {1: 2}, {"x": math.nan}, None):
+        handler = Telling()
+        handler.told = told  # type: ignore[misc,assignment]
+        async with simulated(handler) as disk:
+            assert disk.device.statistics().storage == {}
+        log.expect("Telling.statistics() failed")
 
 
 async def test_all_commands_of_a_full_batch_are_counted_though_some_are_timed() -> None:

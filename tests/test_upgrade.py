@@ -10,7 +10,8 @@ import pytest
 import trio
 
 from tcmu_rs import BlockHandler, DeviceError, IoVec, _native
-from tcmu_rs._runtime import Device, serve_ring
+from tcmu_rs._runtime import Device
+from tcmu_rs._service import serve_ring
 from tcmu_rs._slot import Slot
 from tcmu_rs._upgrade import Inherited, Succession
 from tcmu_rs.testing import SimulatedDisk

@@ -34,15 +34,17 @@ STAGE = 1 << 20
 
 
 class _Stage:
-    """A private buffer of `STAGE` bytes."""
+    """A private buffer, as large as was ever needed."""
 
     def __init__(self) -> None:
-        self.view = memoryview(bytearray(STAGE))
+        self.view = memoryview(bytearray())
         self._iov = IoVec([self.view])
 
     def first(self, length: int) -> IoVec:
         """Its first bytes: the same object as before, if it is as many as before."""
         if self._iov.nbytes != length:
+            if len(self.view) < length:
+                self.view = memoryview(bytearray(length))
             self._iov = IoVec([self.view[:length]])
         return self._iov
 
@@ -322,6 +324,8 @@ class LuksHandler(BlockHandler):
         self.can_flush = lower.has_cache
         self.can_discard = self._allow_discards and lower.can_discard
         self.discard_granularity = max(unit, lower.handler.discard_granularity)
+        self.can_set_size = lower.can_set_size and not self.read_only
+        self._fixed_size = volume.size is not None
         self._unit = unit
         self._offset = volume.offset
         self._first = volume.iv_tweak
@@ -336,8 +340,12 @@ class LuksHandler(BlockHandler):
         # The last reference: the key is overwritten.
         del self._cipher
         for staging in self._staging:
-            staging.view[:] = bytes(STAGE)
+            staging.view[:] = bytes(len(staging.view))
         self._staging.clear()
+
+    def statistics(self) -> Mapping[str, float]:
+        """What the handler below tells."""
+        return self._lower.handler.statistics()
 
     # Data.
 
@@ -406,6 +414,19 @@ class LuksHandler(BlockHandler):
                 self._cipher.encrypt(self._first + at // UNIT, encrypted, encrypted)
                 await self._lower.write(self._offset + at, encrypted, fua=fua)
 
+    async def set_size(self, size: int) -> None:
+        """Has what is below make room, less what is in front of the data."""
+        if self._fixed_size:
+            raise ValueError("the header says how large the container is: it is made anew to be larger")
+        if size % self._unit:
+            raise ValueError(f"{size} bytes are not whole blocks of {self._unit} bytes")
+        if self._first + size // UNIT >> 64:
+            raise ValueError(f"{size} bytes are too many for the iv_tweak of this container")
+        await self._lower.set_size(self._offset + size)
+        self.size = size
+        if self._wanted_size is not None:
+            self._wanted_size = size
+
     async def flush(self) -> None:
         """Passes down."""
         await self._lower.flush()
@@ -424,11 +445,12 @@ class LuksHandler(BlockHandler):
 
     @contextmanager
     def _stage(self) -> Iterator[memoryview]:
-        """A private buffer, one that was used a moment ago if there is one.
+        """A private buffer of `STAGE` bytes at least, one that was used a moment ago if there is one.
 
         After an error it is not used again: whoever gave up may have left it on its way to the storage.
         """
         staging = self._staging.pop() if self._staging else _Stage()
+        staging.first(STAGE)
         yield staging.view
         self._staging.append(staging)
 

@@ -43,6 +43,8 @@ class Branching:
         Raises:
             Qcow2Error: There is one of this name, or the image cannot count so many users.
         """
+        if self._image.payload.external:
+            raise Qcow2Error("an image with an external data file can have no snapshots: its clusters are not counted")
         snapshots = read_snapshots(self._pages, self._header)
         if any(name in (one.name, one.id) for one in snapshots):
             raise Qcow2Error(f"there is a snapshot {name!r} already")

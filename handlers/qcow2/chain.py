@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,7 @@ def open_image(
     storage: StorageFactory = Storage,
     keys: KeyProvider | None = None,
     locked: bool = False,
+    unlocked: Mapping[str, Cipher] | None = None,
     chain: tuple[tuple[int, int], ...] = (),
 ) -> Image:
     """Opens an image and what is below it. Blocks.
@@ -83,6 +84,7 @@ def open_image(
         storage: Opens files.
         keys: Gives the passphrase of each image that is encrypted.
         locked: Without `keys`, open an encrypted image all the same: its map is there, its data is not.
+        unlocked: Ciphers that are known already, by path.
         chain: Device and inode of the images above.
 
     Raises:
@@ -106,12 +108,16 @@ def open_image(
             if header.data_file is None:
                 raise Qcow2Error(f"{path} does not say what its data file is")
             data = storage(_resolve(path, header.data_file, root, "data file"), writable=writable)
-        cipher = _cipher(file, header, keys, locked=locked, writable=writable)
+        cipher = (unlocked or {}).get(str(file.path))
+        if cipher is None:
+            cipher = _cipher(file, header, keys, locked=locked, writable=writable)
         payload = Payload(data or file, cipher, external=data is not None, raw=header.raw_data_file)
         pages = Pages(file, header.cluster_size)
         chain_of_log = None
         pieces: dict[int, list[tuple[int, bytes]]] = {}
         if header.log is not None:
+            if header.log.offset + header.log.size > file.size:
+                raise Qcow2Error(f"{path}: its log, to byte {header.log.offset + header.log.size}, is not in the file")
             chain_of_log = read_chain(file, header.log, pages.size, None if isinstance(cipher, Locked) else cipher)
             header, pieces = _replay(file, pages, header, chain_of_log)
         size, tables = header.size, Tables(pages, header)
@@ -120,7 +126,9 @@ def open_image(
             tables = Tables(pages, header, l1_offset=found.l1_offset, l1_entries=found.l1_entries)
             size = found.disk_size
         if header.backing is not None:
-            below = functools.partial(open_image, writable=False, root=root, storage=storage, keys=keys, locked=locked)
+            below = functools.partial(
+                open_image, writable=False, root=root, storage=storage, keys=keys, locked=locked, unlocked=unlocked
+            )
             backing = _open_backing(path, header, root, storage, below, chain)
         image = Image(file, header, pages, tables=tables, size=size, backing=backing, payload=payload)
         if snapshot is None and not isinstance(cipher, Locked):

@@ -41,6 +41,8 @@ class Changes:
         self._bits = image.header.cluster_bits
         self._cluster_size = image.header.cluster_size
         self._extended = image.header.extended_l2
+        # In a data file nobody counts.
+        self._external = image.payload.external
         self.refcounts = Refcounts(image.pages, image.header)
         self.settled: set[int] = set()
         self.extents: dict[int, tuple[int, int]] = {}
@@ -61,8 +63,9 @@ class Changes:
         self._map(cluster, self._tables.describe(offset, length), 0)
 
     def map_plain(self, cluster: int, host: int) -> None:
-        """A guest cluster is what was written to a host cluster taken from the free space."""
-        self._count(host >> self._bits)
+        """A guest cluster is what was written to a host cluster taken from the free space, or to the data file."""
+        if not self._external:
+            self._count(host >> self._bits)
         self.fresh = True
         self._map(cluster, host | COPIED, ALL_SUBCLUSTERS)
 
@@ -99,7 +102,8 @@ class Changes:
         """Offset of an L2 table that nobody else has."""
         entry = self._tables.l1(index)
         if entry & COPIED:
-            return self._tables.table(index)
+            offset = entry & OFFSET
+            return self._tables.table(index) if offset & (self._cluster_size - 1) else offset
         old = self._tables.table(index)
         new = self.make_metadata(1)
         if old:
@@ -124,7 +128,7 @@ class Changes:
                     self.drop_cluster(host << self._bits)
             if cluster < self.scanned or offset >= self.scan_stop:
                 self.dropped.append((offset, length))
-        elif entry & OFFSET:
+        elif entry & OFFSET and not self._external:
             host = self._tables.host(entry)
             if not self.refcounts.add(host >> self._bits, -1):
                 self.drop_cluster(host)
@@ -158,7 +162,7 @@ class Changes:
 
     def _make_block(self, index: int) -> None:
         """Sees to it that there is a refcount block."""
-        if self.refcounts.block(index):
+        if self.refcounts.has(index):
             return
         if index >= self._table_entries:
             self._grow_table(index)

@@ -11,7 +11,8 @@ from tcmu_rs import IoVec, ZstdFrames
 from .storage import Buffer
 
 ZLIB, ZSTD = 0, 1
-
+LEVEL = {ZLIB: 1, ZSTD: 2}
+"""What is used if nobody says."""
 
 Place = tuple[int, int]
 """First byte, and how many there are."""
@@ -22,20 +23,15 @@ class Codec:
 
     Args:
         kind: The compression type of the image: `ZLIB` or `ZSTD`.
-        cluster_size: Buffer of a cluster.
-        level: Of compression.
+        cluster_size: Bytes of a cluster.
+        level: Of compression, if it is not the usual one.
     """
 
-    def __init__(self, kind: int, cluster_size: int, level: int = 1) -> None:
+    def __init__(self, kind: int, cluster_size: int, level: int | None = None) -> None:
         self.kind = kind
-        self._level = level
+        self._level = LEVEL[kind] if level is None else level
         self._size = cluster_size
-        self._frames = ZstdFrames(cluster_size, level if kind == ZSTD else 1)
-
-    @property
-    def level(self) -> int:
-        """Of compression: 1 to 9 for zlib, to 22 for zstd."""
-        return self._level
+        self._frames = ZstdFrames(cluster_size, self._level if kind == ZSTD else 1)
 
     def at_level(self, level: int) -> Codec:
         """The same for another level."""

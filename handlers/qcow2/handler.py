@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,13 @@ from . import offline, tools
 from ._errors import Qcow2Error
 from .branching import Branching
 from .chain import is_encrypted, open_image
+from .compaction import RATE
+from .header import LEVELS
 from .image import Image, Kind
 from .pages import Cold
 from .snapshots import read_snapshots
 from .storage import Storage
+from .tools import COMPRESSIONS
 from .writer import CACHE, IDLE, Writer
 
 if TYPE_CHECKING:
@@ -30,11 +33,11 @@ if TYPE_CHECKING:
     from tcmu_rs.handlers.luks.keys import KeyProvider
     from tcmu_rs.handlers.luks.volume import NewContainer
 
+    from .payload import Cipher
+
 _PATIENCE = 64
 """How often a read is tried again after what it lacked was brought into memory."""
 _MAX_EXTENTS = 256
-_LEVELS = (9, 22)
-"""The highest levels of zlib and zstd."""
 _KEYS = "key-file, passphrase-fd, credential"
 """Options that say where a passphrase is."""
 _LARGE = 128 << 10
@@ -47,7 +50,7 @@ class Qcow2Handler(BlockHandler):
     Args:
         path: Of the image.
         compress: Write compressed clusters.
-        level: Of compression; 1 if not given.
+        level: Of compression; if not given that with which the image was made, or 2 of zstd and 1 of zlib.
         snapshot: ID or name of an internal snapshot to serve instead, read-only.
         backing_root: Directory in which the files have to be that the image names; its own if not given.
         read_only: Refuse writes, and open the file for reading only.
@@ -57,6 +60,7 @@ class Qcow2Handler(BlockHandler):
         cache_size: Bytes of dirty clusters that are kept in memory.
         log_size: Bytes of the log, while the image is open; by default it goes with the size of the disk.
         idle: Seconds without a write after which everything is written back; None for never.
+        compaction: Bytes of clusters that are moved in a second while the disk is idle, to give back space; 0 for none.
         key_provider: Called at `open` for each image that is encrypted with LUKS, with the UUID, for the passphrase. An
             `async def`, or a plain function, which is called in a thread. A `bytearray` that it returns is wiped.
 
@@ -93,6 +97,7 @@ class Qcow2Handler(BlockHandler):
         cache_size: int = CACHE,
         log_size: int | None = None,
         idle: float | None = IDLE,
+        compaction: int = RATE,
         key_provider: KeyProvider | None = None,
     ) -> None:
         self.path = Path(path)
@@ -103,9 +108,15 @@ class Qcow2Handler(BlockHandler):
         self._snapshot = snapshot
         self._backing_root = backing_root
         self._key_provider = key_provider
+        self._unlocked: dict[str, Cipher] = {}
         self._wanted_size = size
         self._storage = storage
-        self._writing: dict[str, Any] = {"cache_size": cache_size, "log_size": log_size, "idle": idle}
+        self._writing: dict[str, Any] = {
+            "cache_size": cache_size,
+            "log_size": log_size,
+            "idle": idle,
+            "compaction": compaction,
+        }
         self._image: Image | None = None
         self._writer: Writer | None = None
         self.was_replayed = False
@@ -116,6 +127,8 @@ class Qcow2Handler(BlockHandler):
 
         `-o snapshot=NAME` serves an internal snapshot, read-only. `-o backing-root=DIR` says where backing files may
         be. `-o compression=on` writes compressed clusters, and `off` plain ones; `-o level=N` says how hard it tries.
+        `-o compaction=SIZE` says how much is moved in a second, while nobody reads or writes, to give back space (8M; 0
+        for nothing).
         The passphrase of an encrypted image comes from `-o key-file=PATH`, `-o passphrase-fd=N`, `-o credential=NAME`
         or the person at the terminal; the encrypted images of a chain have the same.
         """
@@ -132,9 +145,10 @@ class Qcow2Handler(BlockHandler):
             read_only=options.read_only,
             block_size=options.block_size or 512,
             size=options.size,
+            compaction=RATE if (rate := _size(extra, "compaction")) is None else rate,
             key_provider=cls._keys(config, extra, options, ask=options.interactive),
         )
-        cls._check_options(extra, f"snapshot, backing-root, compression, level, {_KEYS}")
+        cls._check_options(extra, f"snapshot, backing-root, compression, level, compaction, {_KEYS}")
         return handler
 
     @classmethod
@@ -142,8 +156,9 @@ class Qcow2Handler(BlockHandler):
         """Makes an empty image.
 
         Options are `cluster-size`, `refcount-bits`, `backing=NAME` and `backing-format=qcow2|raw`; the size is that of
-        the backing file if none is given. `encrypt=on` encrypts it with LUKS, by the passphrase that `key-file=PATH`
-        and so on give; `iter-time=MS` says how long one guess of it shall take here (1500).
+        the backing file if none is given. `level=N` says how hard whoever writes it is to compress (2). `encrypt=on`
+        encrypts it with LUKS, by the passphrase that `key-file=PATH` and so on give; `iter-time=MS` says how long one
+        guess of it shall take here (1500).
         """
         cls._check_path(config)
         extra = dict(options.extra)
@@ -155,6 +170,8 @@ class Qcow2Handler(BlockHandler):
     async def _create(
         cls, config: str, options: Options, extra: dict[str, str], encryption: NewContainer | None
     ) -> Self:
+        # It stays among the options, too: they are for the image when it is used.
+        level = _number(dict(extra), "level")
         make = functools.partial(
             tools.create,
             config,
@@ -164,8 +181,9 @@ class Qcow2Handler(BlockHandler):
             backing=extra.pop("backing", None),
             backing_format=extra.pop("backing-format", None),
             encryption=encryption,
+            level=level,
         )
-        later = ("backing-root", "compression", "level")
+        later = ("backing-root", "compression", "level", "compaction")
         unknown = {key: value for key, value in extra.items() if key not in later}
         cls._check_options(
             unknown, f"cluster-size, refcount-bits, backing, backing-format, encrypt, {', '.join(later)}"
@@ -271,15 +289,7 @@ class Qcow2Handler(BlockHandler):
     @classmethod
     async def snapshot(cls, config: str, options: Options, *, action: str, name: str) -> None:
         """Makes (`create`), takes back (`apply`) or deletes a snapshot, as `qemu-img snapshot` does."""
-        changes = {
-            "create": Branching.create_snapshot,
-            "apply": Branching.apply_snapshot,
-            "delete": Branching.delete_snapshot,
-        }
-        if action not in changes:
-            raise ValueError(f"{action!r} is nothing to do with snapshots: create, apply and delete are")
-        change = functools.partial(_call, changes[action], name)
-        await offline.change_map(config, change, **cls._where(config, options))
+        await offline.change_map(config, _change(action, name), **cls._where(config, options))
 
     @classmethod
     def _where(cls, config: str, options: Options) -> dict[str, Any]:
@@ -291,7 +301,7 @@ class Qcow2Handler(BlockHandler):
             "keys": cls._keys(config, extra, options, ask=False),
             "locked": True,
         }
-        for name in ("snapshot", "compression", "level"):
+        for name in ("snapshot", "compression", "level", "compaction"):
             extra.pop(name, None)
         cls._check_options(extra, f"backing-root, {_KEYS}")
         return where
@@ -326,6 +336,7 @@ class Qcow2Handler(BlockHandler):
                 root=self._backing_root,
                 storage=self._storage,
                 keys=self._key_provider,
+                unlocked=self._unlocked,
             )
         )
         writer = None
@@ -335,11 +346,13 @@ class Qcow2Handler(BlockHandler):
             if self._key_provider is not None and not image.is_encrypted:
                 raise Qcow2Error(f"{self.path} is not encrypted: its data would be readable by all; leave the key out")
             image.block_size = self.block_size
-            hardest = _LEVELS[image.header.compression_type]
+            hardest = LEVELS[image.header.compression_name()]
             if self._level is not None and not 1 <= self._level <= hardest:
                 raise ValueError(f"level is {self._level}; for {image.header.compression_name()} it is 1 to {hardest}")
-            image.codec = image.codec.at_level(self._level or 1)
+            if self._level is not None:
+                image.codec = image.codec.at_level(self._level)
             if not self.read_only:
+                self._check_compression(image)
                 writer = Writer(image, compress=self._compress, chain=image.chain, **self._writing)
                 if image.chain is not None:
                     await writer.recover()
@@ -348,9 +361,44 @@ class Qcow2Handler(BlockHandler):
             image.close()
             raise
         self.size = image.size
+        # Not encrypted ones: opening them again may ask a person, while initiators wait.
+        self.can_set_size = self.can_change_snapshots = not self.read_only
         self.physical_block_size = max(self.block_size, min(4096, image.header.cluster_size))
         self.discard_granularity = image.header.cluster_size
         self._image, self._writer = image, writer
+
+    def _check_compression(self, image: Image) -> None:
+        """Refuses to write with what the handler is not named after."""
+        if self._compresses and self._compress and image.header.compression_type != COMPRESSIONS["zstd"]:
+            raise Qcow2Error(
+                f"{self.path} is of compression type {image.header.compression_name()}, and what is written would be, "
+                "too: slower, and without checksums. Make one of zstd (tcmu-rs create, then copy), or attach "
+                f"qcow2:{self.path} with -o compression=on"
+            )
+
+    async def set_size(self, size: int) -> None:
+        """Changes the map while the image is closed, for its log goes with its size."""
+        await self._while_closed(functools.partial(offline.resize, self.path, size, shrink=True))
+
+    async def change_snapshots(self, action: str, name: str) -> None:
+        """Makes or deletes a snapshot while the image is closed: all of the map is in one record of the log."""
+        await self._while_closed(functools.partial(offline.change_map, self.path, _change(action, name)))
+
+    async def _while_closed(self, change: Callable[..., Awaitable[None]]) -> None:
+        """Closes the image, calls something that opens it itself, and opens it again."""
+        assert self._image is not None
+        self._unlocked = self._image.ciphers()
+        await self.aclose()
+        try:
+            await change(root=self._backing_root, storage=self._storage, unlocked=self._unlocked)
+        finally:
+            wanted, self._wanted_size = self._wanted_size, None
+            try:
+                await self.open()
+            finally:
+                self._unlocked = {}
+            if wanted is not None:
+                self._wanted_size = self.size
 
     async def aclose(self) -> None:
         """Writes everything back, takes the log out of the image, and closes all files.
@@ -372,6 +420,7 @@ class Qcow2Handler(BlockHandler):
         """Reads; waits only for what is not in memory."""
         image = self._image
         assert image is not None
+        image.reads += 1
         single = iov.nbytes <= image.header.cluster_size
         for _ in range(_PATIENCE):
             try:
@@ -406,13 +455,15 @@ class Qcow2Handler(BlockHandler):
         """The same."""
         await self._writing_to().write_zeroes(offset, length)
 
-    def statistics(self) -> dict[str, int]:
-        """Counters since the image was opened; nothing while only reads have been served.
+    def statistics(self) -> dict[str, float]:
+        """Numbers since the image was opened; nothing while only reads have been served.
 
-        `dirty`: bytes of clusters that are newer in memory. `hits` and `misses`: writes that found their cluster there,
-        or not. `destaged`: clusters written back. `compressed` and `stored`: bytes before and after compression.
+        `file_bytes`: what the file takes, and `reserved_bytes` behind its end for what is dirty. `free_bytes`: holes in
+        it that will be used again. `dirty_bytes`: clusters that are newer in memory. `log_bytes`, `log_used_bytes`: of
+        a half of the log. `cache_hits`, `cache_misses`: writes that found their cluster in memory, or not. `destaged`:
+        clusters written back. `compressed_bytes`, `stored_bytes`: before and after compression, and their `ratio`.
         `in_place`: writes to plain clusters where they are. `commits`: records of the log. `checkpoints`.
-        `free`: bytes of holes that will be used again.
+        `compactions`: passes over the map while the disk was idle, and `moved`: clusters that they have moved.
         """
         return {} if self._writer is None else self._writer.statistics()
 
@@ -444,8 +495,16 @@ class ZstdHandler(Qcow2Handler):
         super().__init__(path, compress=compress, **arguments)
 
 
-def _call(method: Callable[[Branching, str], None], name: str, branching: Branching) -> None:
-    method(branching, name)
+def _change(action: str, name: str) -> Callable[[Branching], None]:
+    """What is done with a snapshot."""
+    changes = {
+        "create": Branching.create_snapshot,
+        "apply": Branching.apply_snapshot,
+        "delete": Branching.delete_snapshot,
+    }
+    if action not in changes:
+        raise ValueError(f"{action!r} is nothing to do with snapshots: create, apply and delete are")
+    return lambda branching: changes[action](branching, name)
 
 
 def _switch(extra: dict[str, str], name: str, default: bool) -> bool:

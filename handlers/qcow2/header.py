@@ -23,6 +23,8 @@ _NAMES = {
     3: "compression type",
     4: "extended L2 entries",
 }
+LEVELS = {"zlib": 9, "zstd": 22}
+"""The highest level of each compression."""
 LOG_NAME = "tcmu write-ahead log"
 
 _END = 0
@@ -32,6 +34,7 @@ _DATA_FILE_NAME = 0x44415441
 _ENCRYPTION = 0x0537BE77
 _LOG = 0x7463574C
 _LOG_VERSION = 1
+_LEVEL = 0x74634C76
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
@@ -80,6 +83,7 @@ class Header:
         backing_format: As the header says, if it does.
         data_file: Name of the external data file.
         log: Of an image that is open for writing, or was not closed.
+        level: Of compression, as it was chosen when the image was made.
         feature_names: Of incompatible features, by bit.
         extensions: As they are, those that we know too, without the end.
         used: Bytes of the first cluster that are in use.
@@ -107,6 +111,7 @@ class Header:
     backing_format: str | None = None
     data_file: str | None = None
     log: LogPlace | None = None
+    level: int | None = None
     feature_names: dict[int, str] = field(default_factory=dict)
     extensions: list[tuple[int, bytes]] = field(default_factory=list)
     used: int = 0
@@ -218,6 +223,8 @@ def _read_extensions(header: Header, cluster: bytes, stop: int) -> None:
                 if content[start] == 0:
                     name = content[start + 2 : start + 48].split(b"\0", 1)[0].decode("utf-8", "replace")
                     header.feature_names[content[start + 1]] = "".join(c if c.isprintable() else "?" for c in name)
+        elif kind == _LEVEL and length == 4:
+            header.level = int.from_bytes(content, "big")
         elif kind == _ENCRYPTION and length == 16:
             header.crypt_header = struct.unpack(">QQ", content)
         elif kind == _LOG and length == _LOG_EXTENSION.size:
@@ -239,6 +246,9 @@ def _check(header: Header) -> None:
         raise Qcow2Error("the compression type and its feature bit contradict each other")
     if header.compression_type > 1:
         raise Qcow2Error(f"compression type {header.compression_type} is not supported: 0 (zlib) and 1 (zstd) are")
+    if header.level is not None and not 1 <= header.level <= LEVELS[header.compression_name()]:
+        # A hint, and this is none.
+        header.level = None
     if header.extended_l2 and header.cluster_bits < 14:
         raise Qcow2Error("extended L2 entries need clusters of at least 16 KiB")
     if bool(header.incompatible & LOG) != (header.log is not None):
@@ -313,6 +323,8 @@ def make(header: Header) -> bytes:
         extensions += extension(_ENCRYPTION, struct.pack(">QQ", *header.crypt_header))
     if header.backing_format is not None:
         extensions += extension(_BACKING_FORMAT, header.backing_format.encode())
+    if header.level is not None:
+        extensions += extension(_LEVEL, struct.pack(">I", header.level))
     if header.cluster_size >= 1024:
         extensions += extension(_FEATURE_NAMES, feature_names())
     extensions += extension(_END, b"")

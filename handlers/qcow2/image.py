@@ -10,18 +10,19 @@ from typing import Protocol
 
 from tcmu_rs import IoVec, MediumError
 
+from .cache import Entry
 from .codecs import Codec, Place, damage
 from .header import DATA_FILE, Header
 from .log import Chain
 from .pages import Cold, Pages
-from .payload import Payload, read_plain
+from .payload import Cipher, Payload, read_plain
 from .storage import Buffer, Storage
 from .tables import COMPRESSED, SUBCLUSTERS, ZERO, Tables
 
 _HOT = 1 << 20
-"""Buffer of decompressed clusters that are kept for readers of parts."""
+"""Bytes of decompressed clusters that are kept for readers of parts."""
 _GAP = 8192
-"""Buffer between two compressed clusters in the file that are read with them, rather than by a call of their own."""
+"""Bytes between two compressed clusters in the file that are read with them, rather than by a call of their own."""
 
 
 class Kind(IntEnum):
@@ -96,12 +97,6 @@ class Run:
     places: Sequence[Place]
 
 
-class Cached(Protocol):
-    """A cluster that is newer in memory than in the file."""
-
-    data: bytearray
-
-
 class Image:
     """The data of a disk, or of one of its snapshots.
 
@@ -109,14 +104,15 @@ class Image:
         storage: The image; closed with this.
         header: Of it.
         tables: The map, if it is not the active one.
-        size: Buffer of the disk, if they are not those of the active one.
+        size: Bytes of the disk, if they are not those of the active one.
         backing: What is below; closed with this.
         payload: Where plain clusters are; its file is closed with this.
         pages: Metadata; shared with who writes it.
 
     Attributes:
         cache: Clusters that are newer in memory than in the file.
-        block_size: Buffer of a logical block, for the LBA in errors.
+        block_size: Bytes of a logical block, for the LBA in errors.
+        reads: Commands that have read, so that those who should not be in the way know.
         chain: What was found in the log, if there is one.
         log_range: Where the log is, from and to.
     """
@@ -140,10 +136,11 @@ class Image:
         self.backing = backing
         self.payload = payload or Payload(storage)
         self.block_size = 512
+        self.reads = 0
         self.chain: Chain | None = None
         self.log_range = (0, 0)
-        self.cache: dict[int, Cached] = {}
-        self.codec = Codec(header.compression_type, header.cluster_size)
+        self.cache: dict[int, Entry] = {}
+        self.codec = Codec(header.compression_type, header.cluster_size, header.level)
         self._hot: dict[int, bytes] = {}
         self._scratch = memoryview(bytearray(2 * header.cluster_size + 512))
         # Where a read begins that goes on with the last one.
@@ -159,6 +156,13 @@ class Image:
         """Whether this image, or one below it, is encrypted."""
         below = self.backing
         return self.payload.cipher is not None or (isinstance(below, Image) and below.is_encrypted)
+
+    def ciphers(self) -> dict[str, Cipher]:
+        """Those of this image and of the ones below it, by path."""
+        found = self.backing.ciphers() if isinstance(self.backing, Image) else {}
+        if self.payload.cipher is not None:
+            found[str(self.storage.path)] = self.payload.cipher
+        return found
 
     def close(self) -> None:
         """Closes all files."""

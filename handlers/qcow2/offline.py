@@ -17,6 +17,7 @@ from tcmu_rs import IoVec, MediumError
 from ._errors import Qcow2Error
 from .branching import Branching
 from .chain import open_image
+from .codecs import LEVEL
 from .header import CORRUPT, DATA_FILE, DIRTY, LAZY_REFCOUNTS
 from .image import Image, Kind
 from .payload import Locked
@@ -52,6 +53,7 @@ def describe(image: Image) -> dict[str, Any]:
         "allocated": image.storage.allocated,
         "cluster size": header.cluster_size,
         "compression": header.compression_name(),
+        "level": header.level or LEVEL[header.compression_type],
         "refcount bits": 1 << header.refcount_order,
         "backing file": header.backing,
         "backing format": header.backing_format,
@@ -287,7 +289,7 @@ async def compact(path: str | os.PathLike[str], progress: Progress | None = None
     """Writes an image anew, as small as it can be, and puts it in the place of the old one.
 
     Returns:
-        Bytes of the file before and after.
+        Bytes that the file takes before and after.
 
     Raises:
         Qcow2Error: It has snapshots or a data file, which would be lost.
@@ -309,6 +311,7 @@ async def compact(path: str | os.PathLike[str], progress: Progress | None = None
             refcount_bits=max(8, 1 << header.refcount_order),
             backing=header.backing,
             backing_format=header.backing_format,
+            level=header.level,
         )
         await trio.to_thread.run_sync(make)
         try:
@@ -323,13 +326,14 @@ async def compact(path: str | os.PathLike[str], progress: Progress | None = None
 
 
 def _put_in_place(new: Path, old: Path) -> tuple[int, int]:
-    """Replaces a file durably; returns the sizes of the old one and the new one."""
+    """Replaces a file durably; returns what the old one and the new one take."""
     before = old.stat()
     new.chmod(before.st_mode & 0o7777)
-    after = new.stat().st_size
+    after = new.stat()
     new.replace(old)
     _sync_directory(old.parent)
-    return before.st_size, after
+    # There is a hole where the log was.
+    return before.st_blocks * 512, after.st_blocks * 512
 
 
 async def _copy(image: Image, new: Path, progress: Progress | None, where: dict[str, Any]) -> None:

@@ -59,6 +59,11 @@ class Packer:
         # A frame takes at least so much of a host cluster, so that its refcount suffices.
         self._least = max(1, self._cluster_size // min(1 << 62, (1 << (1 << header.refcount_order)) // 2))
 
+    @property
+    def can_compact(self) -> bool:
+        """Whether all sectors of a cluster may be used by frames of their own, so that any that are free are holes."""
+        return self._compress and self._least <= SECTOR
+
     def prepare(self, jobs: Sequence[Job]) -> None:
         """In a thread: what is stored of each cluster."""
         if self._compress:
@@ -67,7 +72,8 @@ class Packer:
             return
         zeroes = bytes(self._cluster_size)
         for job in jobs:
-            if job.data == zeroes:
+            # In a raw data file they have to be zeroes indeed.
+            if job.data == zeroes and not self._payload.raw:
                 job.stored = b""
 
     def place(self, jobs: Sequence[Job], placed: list[Job]) -> list[tuple[int, list[Buffer]]]:
@@ -83,8 +89,11 @@ class Packer:
                     continue
                 stored = job.stored = None
             if stored is None:
-                job.place = self._space.take_clusters(1)
-                placed.append(job)
+                if self._payload.external:
+                    job.place = job.cluster << self._bits
+                else:
+                    job.place = self._space.take_clusters(1)
+                    placed.append(job)
                 plan.append((job.place, [job.data]))
                 continue
             hole = self._space.take_sectors(max(len(stored), self._least))
@@ -120,6 +129,8 @@ class Packer:
     def give_back(self, placed: Sequence[Job]) -> None:
         """Nothing names these places."""
         for job in placed:
+            if self._payload.external:
+                continue
             if job.stored is None:
                 self._space.free_cluster(job.place)
             else:

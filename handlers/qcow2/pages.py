@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .storage import Storage
 
@@ -69,6 +69,8 @@ class Pages:
         self.dirty: dict[int, Page] = {}
         self._limit = max(64, limit // self.size)
         self._pages: dict[int, Page] = {}
+        self._flying = 0
+        self._words = 0
         self._mask = self.size - 1
         self._bits = self.size.bit_length() - 1
 
@@ -87,7 +89,8 @@ class Pages:
                 raise Cold(self.storage, offset, self.size) from None
             if len(data) < self.size:
                 data.extend(bytes(self.size - len(data)))
-            if len(self._pages) >= self._limit + len(self.dirty):
+            # Two for one: those that a checkpoint has made clean leave in the end.
+            for _ in range(min(2, len(self._pages) + 1 - self._limit - len(self.dirty) - self._flying)):
                 self._evict()
             page = self._pages[number] = Page(data)
         page.used = True
@@ -139,19 +142,13 @@ class Pages:
         number = offset >> self._bits
         page = self.get(number)
         _WORD.pack_into(page.data, offset & self._mask, value)
-        page.mask |= 1 << ((offset & self._mask) >> 3)
-        self._note(number, page)
-
-    def peek(self, offset: int) -> tuple[bytearray, int]:
-        """For reading byte `offset`: the page's bytes and the place in them."""
-        return self.get(offset >> self._bits).data, offset & self._mask
+        self._note(number, page, 1 << ((offset & self._mask) >> 3))
 
     def touch(self, offset: int) -> tuple[bytearray, int]:
         """For changing a part of the word that holds byte `offset`: the page's bytes and the place in them."""
         number = offset >> self._bits
         page = self.get(number)
-        page.mask |= 1 << ((offset & self._mask) >> 3)
-        self._note(number, page)
+        self._note(number, page, 1 << ((offset & self._mask) >> 3))
         return page.data, offset & self._mask
 
     def write(self, offset: int, data: bytes) -> None:
@@ -163,16 +160,14 @@ class Pages:
             page = self.get(number)
             page.data[start : start + step] = data[at : at + step]
             first, last = start >> 3, (start + step - 1) >> 3
-            page.mask |= (1 << (last + 1)) - (1 << first)
-            self._note(number, page)
+            self._note(number, page, (1 << (last + 1)) - (1 << first))
             at += step
 
     def make(self, offset: int, length: int) -> None:
         """Begins with zeroes, whatever the file has there. Offset and length are those of clusters."""
         for number in range(offset >> self._bits, (offset + length) >> self._bits):
             page = self._pages[number] = Page(bytearray(self.size))
-            page.mask = self.full
-            self._note(number, page)
+            self._note(number, page, self.full)
 
     def forget(self, offset: int, length: int) -> None:
         """This is no metadata any more, and not to be written."""
@@ -192,10 +187,20 @@ class Pages:
         page.dirty = True
         self.dirty[number] = page
 
-    def _note(self, number: int, page: Page) -> None:
+    def _note(self, number: int, page: Page, mask: int) -> None:
+        new = mask & ~page.mask
+        if not new and page.dirty:
+            return
+        self._words += new.bit_count()
+        page.mask |= mask
         page.dirty = True
         self.changed[number] = page
         self.dirty[number] = page
+
+    @property
+    def weight(self) -> int:
+        """Bytes that a record needs for the changes since the last call of `take_changes`, at most."""
+        return 8 * self._words + len(self.changed) * (8 + self.size // 64)
 
     def take_changes(self, *, images: bool = False) -> list[tuple[int, int, bytes]]:
         """Number, mask and words of what changed since the last call; with `images`, all that is dirty, whole."""
@@ -210,6 +215,7 @@ class Pages:
         for page in self.changed.values():
             page.mask = 0
         self.changed.clear()
+        self._words = 0
         return found
 
     def take_off(self) -> list[Page]:
@@ -218,7 +224,17 @@ class Pages:
         for page in flying:
             page.dirty, page.flying = False, True
         self.dirty.clear()
+        self._flying = len(flying)
         return flying
+
+    def land(self, flying: Sequence[Page]) -> None:
+        """What was taken off is in the file."""
+        for page in flying:
+            page.flying = False
+        self._flying = 0
+        # There are many clean ones now, and nobody may ask for others soon.
+        for _ in range(len(self._pages) - self._limit - len(self.dirty)):
+            self._evict()
 
 
 def bits(mask: int) -> Iterator[int]:

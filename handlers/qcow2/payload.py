@@ -78,6 +78,18 @@ class Payload:
         """Writes all of it."""
         self.storage.pwrite(offset, data if self.cipher is None else [self.cipher.encrypt(offset // SECTOR, data)])
 
+    def zero(self, offset: int, length: int) -> bool:
+        """Gives space back: the range reads as zeroes. False if the file system cannot, or zeroes would be noise."""
+        return self.cipher is None and self.storage.punch(offset, length)
+
+    def finish(self, size: int) -> None:
+        """At the end, for a disk of so many bytes: what is external is durable, and as long as it has to be."""
+        if not self.external:
+            return
+        if self.raw and self.storage.size != size:
+            self.storage.truncate(size)
+        self.storage.fdatasync()
+
     def write_buffers(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """The same, from several buffers."""
         if self.cipher is None:

@@ -47,6 +47,10 @@ class Refcounts:
             raise OSError(errno.EUCLEAN, f"refcount block {index} at {offset} is not at a cluster: damaged image")
         return offset
 
+    def has(self, index: int) -> bool:
+        """Whether there is a refcount block."""
+        return self._block_of(index) != 0
+
     def _block_of(self, index: int) -> int:
         if self._last[0] != index:
             self._last = (index, self.block(index))
@@ -94,12 +98,11 @@ class Refcounts:
             OSError: It would be less than none, which only a damaged image has (EUCLEAN).
             OverflowError: More than the image can count.
         """
-        if self._order == 4:
-            at = self._block_of(cluster >> self.block_bits) + ((cluster & self._index_mask) << 1)
-            data, index = self._pages.peek(at)
+        block = self._block_of(cluster >> self.block_bits)
+        if block and self._order == 4:
+            data, index = self._pages.touch(block + ((cluster & self._index_mask) << 1))
             value = (data[index] << 8 | data[index + 1]) + delta
             if 0 <= value <= 0xFFFF:
-                self._pages.touch(at)
                 data[index], data[index + 1] = value >> 8, value & 0xFF
                 return value
         value = self.get(cluster) + delta

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 
 from .storage import Storage
 
@@ -19,6 +20,13 @@ _MAX_HOLES = 50_000
 _TRIES = 8
 """Holes of a length that are looked at, for one with the right alignment."""
 _STEP = 8 << 20
+# Users of a sector; 255 is more than was counted.
+_ONE_MORE = bytes(min(count + 1, 255) for count in range(256))
+_ONE_LESS = bytes(255 if count == 255 else max(count - 1, 0) for count in range(256))
+_UNIT = 128
+"""Sectors that compaction empties: so many are worth giving back."""
+_FRAGMENTED = _UNIT // 4
+"""Free sectors that make it worth to do so."""
 
 
 class Holes:
@@ -107,6 +115,10 @@ class Holes:
         if first + length < stop:
             self._insert(first + length, stop - first - length)
 
+    def all(self) -> list[tuple[int, int]]:
+        """Start and length of all of them."""
+        return list(self._lengths.items())
+
     def take_last(self, stop: int) -> int | None:
         """Removes the hole that ends at `stop`, and returns its start; None if there is none."""
         start = self._starts.get(stop)
@@ -139,6 +151,8 @@ class Space:
         self._reserved_end = end
         self._reserved = 0
         self._can_reserve = True
+        # Units that are being emptied: nothing gets there.
+        self._aside: set[int] = set()
         # While the image is looked through: what is free between these two is found by that, and not yet to be used.
         self._walked = self._unknown = 0
 
@@ -182,6 +196,11 @@ class Space:
     def release(self, length: int) -> None:
         """What was reserved is used, or not needed."""
         self._reserved -= length
+
+    @property
+    def ahead(self) -> int:
+        """Bytes behind the end that the file takes already, for what will be written."""
+        return max(0, self._reserved_end - self.end) if self._can_reserve else 0
 
     # Allocation.
 
@@ -266,31 +285,41 @@ class Space:
 
     def use(self, offset: int, length: int) -> None:
         """One more user of each sector that the range touches."""
-        for sector in range(offset >> 9, ((offset + length - 1) >> 9) + 1):
-            users = self._users.get(sector >> (_REGION_BITS - 9))
-            if users is not None and users[sector & (_REGION - 1)] < 255:
-                users[sector & (_REGION - 1)] += 1
+        for first, stop in _regions(offset, length):
+            users = self._users.get(first >> (_REGION_BITS - 9))
+            if users is not None:
+                at = first & (_REGION - 1)
+                users[at : at + stop - first] = users[at : at + stop - first].translate(_ONE_MORE)
 
     def free(self, offset: int, length: int) -> None:
         """One user less; sectors without any are holes, where that is known."""
         self.freed = True
-        start = count = 0
-        for sector in range(offset >> 9, ((offset + length - 1) >> 9) + 1):
-            users = self._users.get(sector >> (_REGION_BITS - 9))
-            # 255 is more than was counted.
-            if users is None or users[sector & (_REGION - 1)] in (0, 255):
+        for first, stop in _regions(offset, length):
+            users = self._users.get(first >> (_REGION_BITS - 9))
+            if users is None:
                 continue
-            users[sector & (_REGION - 1)] -= 1
-            if users[sector & (_REGION - 1)] or self._walked <= sector << 9 < self._unknown:
-                continue
-            if count and start + count == sector:
-                count += 1
-                continue
-            if count:
-                self.holes.add(start, count)
-            start, count = sector, 1
-        if count:
-            self.holes.add(start, count)
+            at = first & (_REGION - 1)
+            counted = users[at : at + stop - first]
+            users[at : at + stop - first] = counted.translate(_ONE_LESS)
+            start = counted.find(1)
+            while start >= 0:
+                count = len(counted) - start - len(counted[start:].lstrip(b"\x01"))
+                self._add_hole(first + start, count)
+                start = counted.find(1, start + count)
+
+    def _add_hole(self, start: int, count: int) -> None:
+        """Sectors are free now, but for those that will be found to be."""
+        low, high = self._walked // SECTOR, self._unknown // SECTOR
+        stop = start + count
+        for first, last in ((start, min(stop, low)), (max(start, low, high), stop)):
+            if not self._aside and first < last:
+                self.holes.add(first, last - first)
+            while self._aside and first < last:
+                # What is set aside is added when it is put back.
+                step = min(last, (first // _UNIT + 1) * _UNIT)
+                if first // _UNIT not in self._aside:
+                    self.holes.add(first, step - first)
+                first = step
 
     def knows(self, offset: int) -> bool:
         """Whether the sectors there are counted."""
@@ -310,7 +339,7 @@ class Space:
             # Those without users are holes already.
             if users is not None and users[at]:
                 users[at] = 0
-                if not found_later:
+                if not found_later and sector // _UNIT not in self._aside:
                     self.holes.add(sector, 1)
 
     # Looking through an image that others have written.
@@ -360,6 +389,66 @@ class Space:
         """Everything is known."""
         self._walked = self._unknown = 0
 
+    # Compaction.
+
+    @staticmethod
+    def unit_of(offset: int) -> int:
+        """The unit that a byte of the file is in."""
+        return offset // (_UNIT * SECTOR)
+
+    def sparse_units(self) -> Iterator[list[int]]:
+        """Units that have many small holes, and so cannot be given back; some at a time."""
+        if not self.packed or self._unknown:
+            return
+        large = bytes(_EXACT)
+        for region, users in list(self._users.items()):
+            found = []
+            for start in range(0, _REGION, _UNIT):
+                free = users.count(0, start, start + _UNIT)
+                if (
+                    _FRAGMENTED <= free < _UNIT
+                    # A table, or what others keep here.
+                    and users.find(255, start, start + _UNIT) < 0
+                    and users.find(large, start, start + _UNIT) < 0
+                    and (region * _REGION + start + _UNIT) * SECTOR <= self.end
+                ):
+                    found.append((region * _REGION + start) // _UNIT)
+            yield found
+
+    def set_aside(self, units: set[int]) -> None:
+        """Lets nothing more get into these units."""
+        self._aside = units
+        for start, length in self.holes.all():
+            # What lies between these two is free as a whole, and is not set aside.
+            first, last = start // _UNIT, (start + length - 1) // _UNIT
+            keep = (first + 1) * _UNIT if first in units else start
+            stop = last * _UNIT if last in units else start + length
+            if (keep, stop) != (start, start + length):
+                self.holes.remove(start)
+                if stop > keep:
+                    self.holes.add(keep, stop - keep)
+
+    def put_back(self) -> None:
+        """What is free in them may be used again."""
+        units, self._aside = self._aside, set()
+        for unit in units:
+            for start, length in self._free_in(unit):
+                self.holes.add(start, length)
+
+    def _free_in(self, unit: int) -> Iterator[tuple[int, int]]:
+        """Start and length of the runs of sectors without users in a unit."""
+        users = self._users.get(unit * _UNIT // _REGION)
+        if users is None:
+            return
+        base = unit * _UNIT // _REGION * _REGION
+        at, stop = unit * _UNIT - base, (unit + 1) * _UNIT - base
+        while (at := users.find(0, at, stop)) >= 0:
+            end = at
+            while end < stop and not users[end]:
+                end += 1
+            yield base + at, end - at
+            at = end
+
     def forget_sectors(self) -> None:
         """From now on only whole clusters are used again: others have become users of sectors, too."""
         self.packed = False
@@ -380,3 +469,12 @@ class Space:
                 end = start
             else:
                 return -(-end // self._cluster_size) * self._cluster_size
+
+
+def _regions(offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """First sector, and that behind the last, of what a range touches of each region."""
+    first, stop = offset >> 9, ((offset + length - 1) >> 9) + 1
+    while first < stop:
+        step = min(stop, (first | (_REGION - 1)) + 1)
+        yield first, step
+        first = step

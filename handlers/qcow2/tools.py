@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ._errors import Qcow2Error
 from .chain import read_header
-from .header import COMPRESSION, Header, make
+from .header import COMPRESSION, LEVELS, Header, make
 from .storage import Storage
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def create(
     backing: str | None = None,
     backing_format: str | None = None,
     encryption: NewContainer | None = None,
+    level: int | None = None,
 ) -> None:
     """Makes an empty image of version 3, which must not exist yet. Blocks.
 
@@ -42,6 +43,7 @@ def create(
         backing: Name of the backing file, as it is to be in the header: relative to the directory of `path`.
         backing_format: qcow2 or raw; found out if not given, and then the file must be trustworthy.
         encryption: The LUKS header of an encrypted image.
+        level: Of compression, for whoever writes the image with this handler; if not given, the usual one.
 
     Raises:
         ValueError: A parameter cannot be.
@@ -53,6 +55,8 @@ def create(
         raise ValueError(f"compression is {compression!r}; it is zstd or zlib")
     if refcount_bits not in (1, 2, 4, 8, 16, 32, 64):
         raise ValueError(f"refcount_bits is {refcount_bits}; it is 1, 2, 4, 8, 16, 32 or 64")
+    if level is not None and not 1 <= level <= LEVELS[compression]:
+        raise ValueError(f"level is {level}; for {compression} it is 1 to {LEVELS[compression]}")
     path = Path(path)
     if backing is not None:
         backing_size, backing_format = _measure(path.parent / backing, backing_format)
@@ -64,6 +68,7 @@ def create(
     bits = cluster_size.bit_length() - 1
     header = Header(3, bits, size, 0, 0, 0, 0, 0, 0)
     header.backing, header.backing_format = backing, backing_format
+    header.level = level
     header.refcount_order = refcount_bits.bit_length() - 1
     header.compression_type = COMPRESSIONS[compression]
     header.incompatible = COMPRESSION if header.compression_type else 0

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 import trio
 
-from tcmu_rs import IoVec
+from tcmu_rs import IoVec, MediumError
 
 from ._errors import Qcow2Error
 from .branching import Branching
-from .cache import UNIT, Entry, runs
+from .cache import Cache, Entry
 from .changes import Changes
-from .header import DATA_FILE, DIRTY, SECTOR, LogPlace
+from .compaction import RATE, Compactor
+from .header import DIRTY, SECTOR, LogPlace
 from .image import Image, Kind
 from .log import STATES, Chain, Log, Record
 from .packing import Job, Packer
@@ -58,6 +59,21 @@ def _text(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
+def _check_external(image: Image, *, compress: bool) -> None:
+    """Refuses what does not go with a data file.
+
+    Raises:
+        Qcow2Error: Compression, or a raw file over a backing file.
+    """
+    path = image.storage.path
+    if compress:
+        raise Qcow2Error(f"{path} has an external data file, which has no compressed clusters: use qcow2:PATH")
+    if image.payload.raw and image.backing is not None:
+        raise Qcow2Error(
+            f"{path} has a raw data file, and a backing file that it would have to show: attach it read-only"
+        )
+
+
 class _CacheFullError(Exception):
     """There is no room for another dirty cluster now."""
 
@@ -72,6 +88,7 @@ class Writer:
         cache_size: Bytes of dirty clusters to keep.
         log_size: Bytes of the log; by default it goes with the size of the disk.
         idle: Seconds without a write after which everything is written back; None for never.
+        compaction: Bytes of clusters that are moved in a second while the disk is idle.
 
     Raises:
         Qcow2Error: The image cannot be written.
@@ -86,10 +103,11 @@ class Writer:
         cache_size: int = CACHE,
         log_size: int | None = None,
         idle: float | None = IDLE,
+        compaction: int = RATE,
     ) -> None:
         header = image.header
-        if header.incompatible & DATA_FILE:
-            raise Qcow2Error(f"{image.storage.path} has an external data file: attach it read-only")
+        if image.payload.external:
+            _check_external(image, compress=compress)
         if header.incompatible & DIRTY and chain is None:
             raise Qcow2Error(
                 f"the refcounts of {image.storage.path} are not up to date: run `qemu-img check -r all`, "
@@ -113,8 +131,7 @@ class Writer:
         self._bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         self._in_cluster = header.cluster_size - 1
-        self._cache: dict[int, Entry] = image.cache  # type: ignore[assignment]
-        self._limit = max(4, cache_size >> self._bits)
+        self._cache = Cache(image.cache, max(4, cache_size >> self._bits))
         # What one change of the map may dirty: L2 and refcounts, a new L2 table, a new refcount block.
         self._worst = 2 * self._cluster_size + 6 * self._pages.size
         self._log_size = max(log_size or min(_MAX_LOG, max(_MIN_LOG, image.size >> 6)), STATES + 8 * self._worst)
@@ -122,15 +139,14 @@ class Writer:
         # Bytes that the changes on their way may dirty.
         self._promised = 0
         self._idle = idle
+        self._compaction = compaction
         self._chain = chain
         self._log: Log | None = None
         self._space: Space
         self._changes: Changes
         self._packer: Packer
+        self._compactor: Compactor | None = None
         self._session: Session | None = None
-        # Bytes of pieces that no record has, and of those that one has.
-        self._unlogged = self._logged = 0
-        self._unlogged_entries: dict[int, Entry] = {}
         self._unsynced = False
         self._failed: OSError | None = None
         self._destage_error: OSError | None = None
@@ -138,6 +154,10 @@ class Writer:
         self._writes = 0
         self._commit_lock = trio.Lock()
         self._start_lock = trio.Lock()
+        # Who takes holes out for a while: nobody else must put them back.
+        self._tidying = trio.Lock()
+        # Clusters that are being written to the data file: there is one place for each.
+        self._flying: set[int] = set()
         self._checkpointing: trio.Event | None = None
         self._gate: trio.Event | None = None
         self._room = trio.lowlevel.ParkingLot()
@@ -146,14 +166,14 @@ class Writer:
         self._background = 0
         self._ended = trio.Event()
         self.counters = {
-            "hits": 0,
-            "misses": 0,
+            "cache_hits": 0,
+            "cache_misses": 0,
             "destaged": 0,
             "in_place": 0,
             "commits": 0,
             "checkpoints": 0,
-            "compressed": 0,
-            "stored": 0,
+            "compressed_bytes": 0,
+            "stored_bytes": 0,
         }
 
     @property
@@ -166,12 +186,24 @@ class Writer:
         """Bytes of clusters that are newer in memory."""
         return len(self._cache) << self._bits
 
-    def statistics(self) -> dict[str, int]:
+    def statistics(self) -> dict[str, float]:
         """What the handler tells."""
         if self._log is None:
             return {}
-        free = (self._space.holes.sectors + self._space.clusters.sectors) * SECTOR
-        return {"dirty": self.dirty, "free": free, **self.counters}
+        found: dict[str, float] = {
+            "file_bytes": self._storage.allocated - self._space.ahead,
+            "reserved_bytes": self._space.ahead,
+            "free_bytes": (self._space.holes.sectors + self._space.clusters.sectors) * SECTOR,
+            "dirty_bytes": self.dirty,
+            "log_bytes": self._log.half_size,
+            "log_used_bytes": self._log.half_size - self._log.room,
+            **self.counters,
+        }
+        if self.counters["stored_bytes"]:
+            found["ratio"] = self.counters["compressed_bytes"] / self.counters["stored_bytes"]
+        if self._compactor is not None:
+            found |= {"compactions": self._compactor.passes, "moved": self._compactor.moved}
+        return found
 
     # Commands.
 
@@ -225,12 +257,26 @@ class Writer:
         if self._log is None:
             return
         wanted = self._commits
-        async with self._commit_lock:
+        try:
+            # Without the pass of the loop that `acquire` takes: it is a good part of a flush.
+            self._commit_lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._commit_lock.acquire()
+        try:
             self._check()
             if self._commits > wanted:
                 return
             with trio.CancelScope(shield=True):
                 await self._commit()
+        finally:
+            self._commit_lock.release()
+
+    async def _settle_map(self) -> None:
+        """Makes the map durable, but for what only the cache has: it is no flush. What was freed can be used again."""
+        async with self._commit_lock:
+            self._check()
+            with trio.CancelScope(shield=True):
+                await self._commit(pieces=False)
 
     def _check(self) -> None:
         if self._failed is not None:
@@ -256,7 +302,7 @@ class Writer:
                     raise
                 # What was freed can be used again after a record.
                 reclaimed = True
-                await self.flush()
+                await self._settle_map()
         await self._relieve()
 
     async def _wait_for_room(self) -> None:
@@ -273,14 +319,14 @@ class Writer:
         log = self._log
         assert log is not None
         if self._changed > log.half_size // 16:
-            await self.flush()
+            await self._settle_map()
 
     @property
     def _changed(self) -> int:
         """Bytes of a record for the changes of the map, at most."""
         changes = self._changes
         named = 8 * len(changes.settled) + 16 * len(changes.extents)
-        return len(self._pages.changed) * (self._pages.size * 65 // 64 + 8) + named
+        return self._pages.weight + named
 
     async def _afford(self, worst: int, *, locked: bool = False) -> None:
         """Waits until so many bytes of metadata more can be dirty: all that is has to fit into half of the log.
@@ -313,7 +359,7 @@ class Writer:
     def _put(self, cluster: int, within: int, part: IoVec) -> None:
         """Takes a part of a cluster, or all of it, into the cache, or writes it in place."""
         length = part.nbytes
-        entry = self._cache.get(cluster)
+        entry = self._cache.entries.get(cluster)
         if entry is None:
             host = self._place_of(cluster, within, length)
             if host:
@@ -322,16 +368,14 @@ class Writer:
                 self.counters["in_place"] += 1
                 return
             entry = self._add_entry(cluster, whole=length == self._cluster_size)
-            self.counters["misses"] += 1
+            self.counters["cache_misses"] += 1
         else:
-            self.counters["hits"] += 1
+            self.counters["cache_hits"] += 1
         part.copy_into(memoryview(entry.data)[within : within + length])
-        if not entry.unlogged:
-            self._unlogged_entries[cluster] = entry
-        self._unlogged += entry.mark(within, length)
+        self._cache.mark(cluster, entry, within, length)
 
     def _add_entry(self, cluster: int, *, whole: bool) -> Entry:
-        if len(self._cache) >= self._limit:
+        if not self._cache.has_room:
             raise _CacheFullError
         data = bytearray(self._cluster_size)
         if not whole:
@@ -341,8 +385,14 @@ class Writer:
             # And what is cut off in front of it.
             cost += 2 * self._cluster_size
         self._space.reserve(cost)
-        entry = self._cache[cluster] = Entry(data, cost)
-        if len(self._cache) > self._limit // 2:
+        if self._payload.external:
+            try:
+                self._payload.storage.allocate(cluster << self._bits, self._cluster_size)
+            except OSError:
+                self._space.release(cost)
+                raise
+        entry = self._cache.entries[cluster] = Entry(data, cost)
+        if len(self._cache) > self._cache.limit // 2:
             self._call_destagers()
         return entry
 
@@ -368,7 +418,7 @@ class Writer:
         if cluster % size or self._image.backing is not None:
             return 0
         first = cluster >> tables.l2_bits
-        cached = {dirty >> tables.l2_bits for dirty in self._cache}
+        cached = {dirty >> tables.l2_bits for dirty in self._cache.entries}
         for number in range(min(count >> tables.l2_bits, _TABLES_AT_ONCE)):
             if first + number in cached or tables.l1(first + number) & OFFSET:
                 return number << tables.l2_bits
@@ -376,6 +426,14 @@ class Writer:
 
     def _zero(self, cluster: int) -> None:
         """A whole cluster is zero."""
+        if self._payload.raw:
+            # The map stays: what it names has to be zero, for those who do not read it.
+            where = cluster << self._bits, self._cluster_size
+            if cluster in self._cache.entries or cluster in self._flying or not self._payload.zero(*where):
+                self._put(cluster, 0, IoVec([bytes(self._cluster_size)]))
+            else:
+                self._unsynced = True
+            return
         if self._changes.needs_table(cluster) and self._changes.shines_through(cluster):
             self._space.reserve(3 * self._cluster_size)
             self._space.release(3 * self._cluster_size)
@@ -385,29 +443,28 @@ class Writer:
             self._fail(OSError(errno.EUCLEAN, _text(error)))
             raise
         if mapped:
-            entry = self._cache.pop(cluster, None)
-            if entry is not None:
-                self._forget(cluster, entry)
+            self._forget(cluster)
+            if self._payload.external and cluster not in self._flying:
+                # Zero is what it may be from now on, also if the power fails.
+                self._payload.zero(cluster << self._bits, self._cluster_size)
         else:
             self._put(cluster, 0, IoVec([bytes(self._cluster_size)]))
 
     def _zero_part(self, cluster: int, within: int, length: int) -> None:
-        if cluster not in self._cache:
+        if cluster not in self._cache.entries:
             parts = self._image.extents((cluster << self._bits) + within, length, wait=False)
             below = self._changes.shines_through(cluster)
             if all(part.kind == Kind.ZERO or (part.kind == Kind.UNALLOCATED and not below) for part in parts):
                 return
         self._put(cluster, within, IoVec([bytes(length)]))
 
-    def _forget(self, cluster: int, entry: Entry) -> None:
-        """An entry has left the cache."""
-        self._unlogged_entries.pop(cluster, None)
-        self._logged -= entry.logged.bit_count() * UNIT
-        self._unlogged -= entry.unlogged.bit_count() * UNIT
+    def _forget(self, cluster: int) -> None:
+        """The file has this cluster as it is, or it is not there any more."""
+        entry = self._cache.remove(cluster)
+        if entry is None:
+            return
         self._space.release(entry.cost)
-        # Whoever is destaging it sees that it is not what it was.
-        entry.version += 1
-        if len(self._cache) < self._limit:
+        if self._room and self._cache.has_room:
             self._room.unpark_all()
 
     # Destaging.
@@ -418,16 +475,16 @@ class Writer:
     async def _destager(self) -> None:
         try:
             while not self._closing.is_set():
-                many_logged = self._log is not None and self._logged > self._log.half_size // 8
-                keep = 0 if many_logged else self._limit * 3 // 8
-                batch = [] if self._failed else self._pick(self._batch, keep)
+                many_logged = self._log is not None and self._cache.logged > self._log.half_size // 8
+                keep = 0 if many_logged else self._cache.limit * 3 // 8
+                batch = [] if self._failed else self._cache.pick(self._batch, keep)
                 if not batch:
                     await self._work.park()
                     continue
                 await self._try(self._destage, batch)
                 # What was freed is used again only after a record, and one must not become too large.
                 if len(self._changes.dropped) > self._many or self._changed > self._log_size // 32:
-                    await self._try(self.flush)
+                    await self._try(self._settle_map)
         finally:
             self._leave()
 
@@ -446,21 +503,67 @@ class Writer:
                     await self._try(self.checkpoint)
                     await self._try(self.punch)
                     clean = now
+                elif now == clean and not self._failed:
+                    await self._try(self._compact)
                 last = now
         finally:
             self._leave()
+
+    async def _compact(self) -> None:
+        """Empties what is mostly free, and gives it back."""
+        if self._compactor is None:
+            return
+        async with self._tidying:
+            moved = await self._compactor.run()
+        if moved:
+            await self.checkpoint()
+            await self.punch()
+
+    async def _rewrite(self, clusters: Sequence[int]) -> int:
+        """Stores clusters at another place, as if they had been written; returns how many it were.
+
+        It never waits for room in the cache: those who make it have no duty to compaction, and may be gone.
+        """
+        count = 0
+        waiting = list(clusters)
+        while waiting:
+            batch: list[tuple[int, Entry]] = []
+            try:
+                while waiting and len(batch) <= self._cache.limit // 2:
+                    cluster = waiting[-1]
+                    entry = await self._take_in(cluster)
+                    if entry is not None and self._is_idle(cluster, entry):
+                        batch.append((cluster, entry))
+                    waiting.pop()
+            except _CacheFullError:
+                if not batch:
+                    break
+            await self._destage(batch)
+            count += len(batch)
+        return count
+
+    async def _take_in(self, cluster: int) -> Entry | None:
+        """The entry of a cluster in the cache; None if it is damaged: whoever reads it has to be told."""
+        while True:
+            try:
+                return self._cache.entries.get(cluster) or self._add_entry(cluster, whole=False)
+            except Cold as cold:
+                await trio.to_thread.run_sync(cold.warm)
+            except MediumError:
+                return None
 
     async def punch(self) -> None:
         """Gives free space back to the file system; nobody gets it meanwhile."""
         if not self._space.freed:
             return
-        self._space.freed = False
-        found = self._space.take_large()
         with trio.CancelScope(shield=True):
-            try:
-                await trio.to_thread.run_sync(self._punch, found)
-            finally:
-                self._space.give_back(found)
+            async with self._tidying:
+                self._space.freed = False
+                found = self._space.take_large()
+                try:
+                    await trio.to_thread.run_sync(self._punch, found)
+                finally:
+                    self._space.give_back(found)
 
     def _punch(self, found: Sequence[tuple[Any, int, int]]) -> None:
         """In a thread."""
@@ -488,32 +591,6 @@ class Writer:
             self._ended.set()
             self._room.unpark_all()
 
-    def _pick(self, room: int, keep: int) -> list[tuple[int, Entry]]:
-        """Entries to destage, the oldest first; those that were changed lately get another turn."""
-        found = []
-        wanted = min(len(self._cache) - keep, room)
-        if wanted <= 0:
-            return []
-        later = []
-        for cluster, entry in self._cache.items():
-            if entry.busy:
-                continue
-            if entry.touched and keep:
-                entry.touched = False
-                later.append(cluster)
-                if len(later) > 4 * room:
-                    break
-                continue
-            found.append((cluster, entry))
-            if len(found) == wanted:
-                break
-        if not found and later:
-            found = [(cluster, self._cache[cluster]) for cluster in later[:wanted]]
-        for cluster in later:
-            self._cache[cluster] = self._cache.pop(cluster)
-        found.sort(key=lambda pair: pair[0])
-        return found
-
     async def destage(self, *, logged_only: bool = False, locked: bool = False) -> None:
         """Writes back what is dirty now; what is changed meanwhile may stay.
 
@@ -521,11 +598,12 @@ class Writer:
             logged_only: Leave alone what no record has.
             locked: The caller has the lock of the commits.
         """
-        versions = {cluster: entry.version for cluster, entry in self._cache.items() if entry.logged or not logged_only}
+        entries = self._cache.entries
+        versions = {cluster: entry.version for cluster, entry in entries.items() if entry.logged or not logged_only}
         while versions:
             batch = []
             for cluster in list(versions):
-                entry = self._cache.get(cluster)
+                entry = entries.get(cluster)
                 if entry is None:
                     del versions[cluster]
                 elif not entry.busy:
@@ -561,8 +639,7 @@ class Writer:
                 self._settle(jobs)
             finally:
                 self._promised -= worst
-                for job in jobs:
-                    job.entry.busy = False
+                self._landed(jobs)
                 self._room.unpark_all()
 
     def _destage_now(self, batch: Sequence[tuple[int, Entry]]) -> None:
@@ -576,14 +653,21 @@ class Writer:
             self._packer.give_back(placed)
             raise
         finally:
-            for job in jobs:
-                job.entry.busy = False
+            self._landed(jobs)
         self._settle(jobs)
+
+    def _landed(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.entry.busy = False
+        if self._payload.external:
+            self._flying.difference_update(job.cluster for job in jobs)
 
     def _jobs(self, batch: Sequence[tuple[int, Entry]]) -> list[Job]:
         jobs = []
         for cluster, entry in batch:
             entry.busy = True
+            if self._payload.external:
+                self._flying.add(cluster)
             jobs.append(Job(cluster, entry, entry.version, bytes(entry.data)))
         return jobs
 
@@ -596,12 +680,14 @@ class Writer:
         return max(1, most if self._all_metadata() <= room else min(most, room // (_PAGES * self._pages.size)))
 
     def _is_idle(self, cluster: int, entry: Entry) -> bool:
-        return self._cache.get(cluster) is entry and not entry.busy
+        return self._cache.entries.get(cluster) is entry and not entry.busy and cluster not in self._flying
 
     def _cost(self, batch: Sequence[tuple[int, Entry]]) -> int:
         """Bytes of metadata that the destaging of these may dirty, at most."""
-        tables = {cluster >> self._image.tables.l2_bits for cluster, _ in batch if self._changes.needs_table(cluster)}
-        cost = len(batch) * _PAGES * self._pages.size + len(tables) * (self._cluster_size + self._worst // 2)
+        # One cluster of each table.
+        tables = {cluster >> self._image.tables.l2_bits: cluster for cluster, _ in batch}
+        new = sum(map(self._changes.needs_table, tables.values()))
+        cost = len(batch) * _PAGES * self._pages.size + new * (self._cluster_size + self._worst // 2)
         return min(cost, self._all_metadata())
 
     def _all_metadata(self) -> int:
@@ -616,7 +702,7 @@ class Writer:
         """The data is written: the map may say so."""
         changes = self._changes
         for job in jobs:
-            if self._cache.get(job.cluster) is not job.entry or job.entry.version != job.version:
+            if self._cache.entries.get(job.cluster) is not job.entry or job.entry.version != job.version:
                 if job.stored != b"":
                     self._packer.give_back([job])
                 continue
@@ -627,14 +713,13 @@ class Writer:
                     changes.map_plain(job.cluster, job.place)
                 else:
                     changes.map_frame(job.cluster, job.place, len(job.stored), job.crc)
-                    self.counters["compressed"] += self._cluster_size
-                    self.counters["stored"] += len(job.stored)
+                    self.counters["compressed_bytes"] += self._cluster_size
+                    self.counters["stored_bytes"] += len(job.stored)
             except Exception as error:
                 # The map is changed by halves: what is in memory must never be in a record.
                 self._fail(OSError(errno.EUCLEAN, _text(error)))
                 raise
-            del self._cache[job.cluster]
-            self._forget(job.cluster, job.entry)
+            self._forget(job.cluster)
             self.counters["destaged"] += 1
 
     def _fail(self, error: OSError) -> None:
@@ -653,32 +738,40 @@ class Writer:
             self._fail(error)
             raise
 
-    async def _commit(self) -> None:
-        """One record and one fdatasync; the lock is held."""
+    async def _commit(self, *, pieces: bool = True) -> None:
+        """One record and one fdatasync; the lock is held.
+
+        Args:
+            pieces: With what only the cache has.
+        """
         log = self._log
         assert log is not None
-        await self._thin_out(log.half_size // 4)
-        if not self._pending():
-            self._commits += 1
-            if self._unsynced:
-                self._unsynced = False
-                await self._in_thread(self._storage.fdatasync)
+        if pieces:
+            await self._thin_out(log.half_size // 4)
+        if not self._pending(pieces=pieces):
+            if pieces:
+                self._commits += 1
+                if self._unsynced:
+                    self._unsynced = False
+                    await self._in_thread(self._payload.storage.fdatasync)
             return
         await self._sync_fresh()
         # Until the record is taken nothing more may come in that it has no room for.
-        while self._changed + self._unlogged * 9 // 8 + 4096 > log.room:
+        while self._changed + (self._cache.unlogged * 9 // 8 if pieces else 0) + 4096 > log.room:
             self._open_gate()
             await self._checkpoint()
-            await self._thin_out(log.half_size // 4)
+            if pieces:
+                await self._thin_out(log.half_size // 4)
             await self._sync_fresh()
         try:
-            self._commits += 1
-            record, dropped, _ = self._take(images=False)
+            if pieces:
+                self._commits += 1
+            record, dropped, _ = self._take(images=False, pieces=pieces)
         finally:
             self._open_gate()
         await self._append(log, record)
         self._release(dropped)
-        if self._logged > log.half_size // 8:
+        if self._cache.logged > log.half_size // 8:
             self._call_destagers()
 
     async def _append(self, log: Log, record: Record) -> None:
@@ -690,34 +783,37 @@ class Writer:
         if len(data) > log.room:
             self._fail(OSError(errno.EFBIG, f"{len(data)} bytes of changes do not fit into the log"))
             self._check()
+        if self._payload.external:
+            # What the record names, and all that was written in place before it was taken.
+            await self._in_thread(self._payload.storage.fdatasync)
         await self._in_thread(log.append, data)
         self.counters["commits"] += 1
 
     async def _thin_out(self, limit: int) -> None:
         """Destages until the cache has no more than so many bytes for the log: a record of images has room for them."""
         for _ in range(2):
-            if self._unlogged + self._logged <= limit:
+            if self._cache.unlogged + self._cache.logged <= limit:
                 return
             await self.destage(locked=True)
-        while self._unlogged + self._logged > limit:
+        while self._cache.unlogged + self._cache.logged > limit:
             # Others write as fast.
             await self._afford(self._batch * self._worst, locked=True)
-            batch = [(cluster, entry) for cluster, entry in self._cache.items() if not entry.busy][: self._batch]
+            batch = [pair for pair in self._cache.entries.items() if self._is_idle(*pair)][: self._batch]
             if batch:
                 self._destage_now(batch)
             else:
                 await self._room.park()
 
-    def _pending(self) -> bool:
+    def _pending(self, *, pieces: bool = True) -> bool:
         changes = self._changes
-        return bool(self._unlogged or self._pages.changed or changes.settled or changes.dropped)
+        return bool((pieces and self._cache.unlogged) or self._pages.changed or changes.settled or changes.dropped)
 
     async def _sync_fresh(self) -> None:
         """Makes plain clusters durable that the next record maps, and lets no more come until it is taken."""
         self._gate = trio.Event()
         try:
-            if self._changes.fresh:
-                self._changes.fresh = False
+            fresh, self._changes.fresh = self._changes.fresh, False
+            if fresh and not self._payload.external:
                 self._unsynced = False
                 await self._in_thread(self._storage.fdatasync)
         except BaseException:
@@ -729,26 +825,18 @@ class Writer:
         if gate is not None:
             gate.set()
 
-    def _take(self, *, images: bool) -> tuple[Record, list[tuple[int, int]], list[int]]:
-        """What changed since the last record, for this one; with `images` all that is not in the file."""
+    def _take(self, *, images: bool, pieces: bool = True) -> tuple[Record, list[tuple[int, int]], list[int]]:
+        """What changed since the last record, for this one; with `images` all that is not in the file.
+
+        With `pieces` what is in the cache alone, too; `images` have those that were in a record before.
+        """
         changes = self._changes
         record = Record(self._pages.take_changes(images=images), sorted(changes.settled))
         record.extents = [(offset, length, crc) for offset, (length, crc) in changes.extents.items()]
         if images:
-            pieces = [(cluster, entry, entry.logged) for cluster, entry in self._cache.items() if entry.logged]
-        else:
-            pieces = [(cluster, entry, entry.unlogged) for cluster, entry in self._unlogged_entries.items()]
-        for cluster, entry, mask in pieces:
-            base = cluster << self._bits
-            for start, length in runs(mask):
-                record.pieces.append((base + start, bytes(entry.data[start : start + length])))
-            if not images:
-                self._logged += (mask & ~entry.logged).bit_count() * UNIT
-                entry.logged |= mask
-                entry.unlogged = 0
-        if not images:
-            self._unlogged = 0
-            self._unlogged_entries.clear()
+            record.pieces = self._cache.logged_pieces()
+        elif pieces:
+            record.pieces = self._cache.take_pieces()
         self._unsynced = False
         dropped, changes.dropped = changes.dropped, []
         metadata: list[int] = []
@@ -787,7 +875,7 @@ class Writer:
         while self._checkpointing is not None:
             await self._checkpointing.wait()
             self._check()
-        if not (self._pages.dirty or self._logged):
+        if not (self._pages.dirty or self._cache.logged):
             return
         await self._sync_fresh()
         try:
@@ -823,8 +911,7 @@ class Writer:
         except Exception as error:
             self._fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
         else:
-            for page in flying:
-                page.flying = False
+            self._pages.land(flying)
             for offset in metadata:
                 self._changes.pending.discard(offset)
                 self._space.free_cluster(offset)
@@ -877,11 +964,21 @@ class Writer:
     async def _begin(self) -> None:
         """The tasks in the background. They end with `close`, as the handler has no nursery to lend them."""
         tasks = [self._destager] * _DESTAGERS + ([self._keeper] if self._idle is not None else [])
-        scanner = Scanner(self._image, self._changes, self._space, self.flush)
+        scanner = Scanner(self._image, self._changes, self._space, self._settle_map)
         if self._space.end <= _SMALL:
             await scanner.scan(self._closing)
         else:
             tasks.append(lambda: self._scan(scanner))
+        if self._packer.can_compact:
+            self._compactor = Compactor(
+                self._image,
+                self._space,
+                rewrite=self._rewrite,
+                flush=self._settle_map,
+                activity=lambda: self._writes + self._image.reads,
+                closing=self._closing,
+                rate=self._compaction,
+            )
         self._background = len(tasks)
         for task in tasks:
             trio.lowlevel.spawn_system_task(task)
@@ -918,9 +1015,8 @@ class Writer:
         session, end = await self._in_thread(resume, self._image, chain)
         self._open_space(end)
         self._space.reserve(_SLACK * self._cluster_size)
-        for entry in self._cache.values():
+        for entry in self._cache.entries.values():
             entry.cost = 3 * self._cluster_size + 2 * SECTOR
-            self._logged += entry.logged.bit_count() * UNIT
             self._space.reserve(entry.cost)
         self._session, self._log = session, session.log
         await self.destage()
@@ -948,6 +1044,7 @@ class Writer:
                 await self.checkpoint()
             self._check()
             await self.punch()
+            await self._in_thread(self._payload.finish, self._image.size)
             end = self._space.trim(*self._image.log_range)
             await self._in_thread(renounce, self._image, self._session, end)
             self._log = None

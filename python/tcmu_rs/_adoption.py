@@ -12,17 +12,26 @@ Blocking calls: from trio, run them in a thread.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import _lio, _sysfs
 from ._lio import Backstore, BackstoreExistsError, LioError
 from ._native import Ring
 from ._sysfs import UioDevice
 
+if TYPE_CHECKING:
+    from ._handler import Handler, Options
+    from ._native import LogicalUnit
+
+_MAX_NOTE = 511
+"""Bytes that the kernel keeps of it (`SE_DEV_ALIAS_LEN`)."""
 _DYING_FOR = 5.0
 """Seconds that the kernel may take to close what a killed process had open; its mapping is large."""
 
@@ -35,12 +44,16 @@ class Claim:
         uio: Its node and mapping.
         fd: Its node, open; closed by `close`.
         was_served: Whether another process has served it before: its initiators may rely on what that one stored.
+        was_handed_over: Whether that one has let go of it in good order, and not died.
+        known_size: Bytes that its initiators know.
     """
 
     def __init__(self, backstore: Backstore, uio: UioDevice, fd: int | None = None) -> None:
         self.backstore = backstore
         self.uio = uio
         self.was_served = True
+        self.known_size = _lio.device_size(backstore)
+        self.was_handed_over = fd is not None
         if fd is not None:
             self.fd = fd
             return
@@ -57,6 +70,24 @@ class Claim:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def settle(self, size: int, unit: LogicalUnit | None) -> None:
+        """Tells the kernel and the initiators what is new about the device, before its first command is taken.
+
+        Storage that has grown: a resize was cut short, or somebody has enlarged it meanwhile. And if the server before
+        has died, that what initiators had set there is forgotten.
+
+        Args:
+            size: Bytes of the storage.
+            unit: The emulated unit, if there is one.
+        """
+        if size > self.known_size:
+            _lio.set_size(self.backstore, size)
+        if unit is not None:
+            if size > self.known_size:
+                unit.announce_capacity()
+            if self.was_served and not self.was_handed_over:
+                unit.announce_reset()
 
     def fence(self) -> None:
         """Gives back as BUSY what the dead process has not answered, and what comes until `unblock`.
@@ -122,6 +153,11 @@ def inherit(key: str, fd: int) -> Claim:
     return Claim(backstore, uio, fd)
 
 
+def is_there(dev_config: str) -> bool:
+    """Whether there is a device of this configuration, served or not."""
+    return any(uio.config == dev_config for uio in _sysfs.scan())
+
+
 @_lio.own_errors
 def find(name: str | None, dev_config: str, *, persistent: bool) -> Claim | None:
     """Claims the device that a dead process left, if there is one to adopt.
@@ -148,19 +184,20 @@ def find(name: str | None, dev_config: str, *, persistent: bool) -> Claim | None
         raise BackstoreExistsError(
             f"device {name} exists already, unfinished", f"if nobody is making it now: tcmu-rs detach {name}"
         )
-    _refuse_served(uio)
+    if uio.config == dev_config and persistent:
+        # At once: commands wait, and to look who else might have it goes through all processes of the machine.
+        return Claim(backstore, uio)
     # A stranger's device is not even opened.
+    _refuse_served(uio)
     if uio.config != dev_config:
         raise BackstoreExistsError(
             f"device {name} exists already, left by a server of {_spec(uio.config)}, not of {_spec(dev_config)}",
             f"adopt it: tcmu-rs attach {_spec(uio.config)} --name {name}; or remove it: tcmu-rs detach {name}",
         )
-    if not persistent:
-        raise BackstoreExistsError(
-            f"device {name} exists already, and what {_spec(uio.config)} stored has gone with its process",
-            f"choose another name or remove it: tcmu-rs detach {name}",
-        )
-    return Claim(backstore, uio)
+    raise BackstoreExistsError(
+        f"device {name} exists already, and what {_spec(uio.config)} stored has gone with its process",
+        f"choose another name or remove it: tcmu-rs detach {name}",
+    )
 
 
 def _find_by_config(dev_config: str) -> Claim | None:
@@ -176,6 +213,64 @@ def _find_by_config(dev_config: str) -> Claim | None:
 def _spec(dev_config: str) -> str:
     handler, _, config = dev_config.partition("/")
     return f"{handler}:{_lio.decode_config(config)}"
+
+
+def note(read_only: bool, options: Mapping[str, str]) -> str:
+    """What a device was asked for beside its configuration, on one line; it stays with the device for its next server.
+
+    Empty if there is nothing. What would be too long is there as a digest.
+    """
+    words = ["read-only"] * read_only + [f"{key}={_lio.encode_config(options[key])}" for key in sorted(options)]
+    text = " ".join(words)
+    if len(os.fsencode(text)) > _MAX_NOTE:
+        text = f"sha256={hashlib.sha256(os.fsencode(text)).hexdigest()}"
+    return text
+
+
+@_lio.own_errors
+def check_note(backstore: Backstore, wanted: str) -> None:
+    """Refuses other options than those of the server before: the disk could be another one by them.
+
+    Raises:
+        BackstoreExistsError: The text has both.
+    """
+    if (found := _lio.note_of(backstore)) != wanted:
+        raise BackstoreExistsError(
+            f"device {backstore.name} exists already, left by a dead process with "
+            f"{found or 'no options'}, not {wanted or 'none'}",
+            f"ask for the same (--read-only, -o KEY=VALUE), or remove it: tcmu-rs detach {backstore.name}",
+        )
+
+
+def check_size(backstore: Backstore, size: int) -> None:
+    """Refuses storage that is smaller than what initiators know. Larger is fine: they are told.
+
+    Raises:
+        BackstoreExistsError: The text has both sizes.
+    """
+    if size < (known := _lio.device_size(backstore)):
+        raise BackstoreExistsError(
+            f"device {backstore.name} exists already, left by a dead process with {known} bytes, "
+            f"and the storage has {size}",
+            f"make the storage larger, or remove the device: tcmu-rs detach {backstore.name}",
+        )
+
+
+def remade(kind: type[Handler], config: str, options: Options, name: str) -> Handler:
+    """The handler of a device that was served before, by a server that was given the same options.
+
+    The device may have been resized since, so its size is that of the storage, whatever the options say; where the
+    storage has none of its own, what initiators know. And it is not to be made: storage that is gone is not replaced
+    by an empty one.
+    """
+    options = replace(options, create=False)
+    if options.size is None:
+        return kind.from_config(config, options)
+    try:
+        return kind.from_config(config, replace(options, size=None))
+    except ValueError:
+        backstore = _lio.find_backstore(name)
+        return kind.from_config(config, replace(options, size=_lio.device_size(backstore) if backstore else None))
 
 
 @_lio.own_errors

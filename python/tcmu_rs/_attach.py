@@ -6,7 +6,7 @@ import itertools
 import logging
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from . import _adoption, _control, _lio, _sysfs
 from ._domain import CopyDomain
 from ._handler import Handler, check
 from ._registry import parse_spec
-from ._runtime import GRACE, serve_uio, verbs
+from ._runtime import GRACE
+from ._service import serve_uio, verbs
 from ._slot import Slot
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ class AttachedDevice:
     Attributes:
         name: Name of the backstore.
         handler: What serves it.
-        size: Bytes.
         block_size: Bytes of a logical block.
         fabric: `loopback`, `iscsi` or `none`.
         path: `/dev/sdX`; None unless the fabric is loopback.
@@ -52,7 +52,6 @@ class AttachedDevice:
     def __init__(self, handler: Handler, backstore: _lio.Backstore, uio: _sysfs.UioDevice, fabric: _lio.Fabric) -> None:
         self.name = backstore.name
         self.handler = handler
-        self.size: int = handler.size
         self.block_size: int = handler.block_size
         self.fabric = fabric
         self.path: str | None = None
@@ -66,6 +65,11 @@ class AttachedDevice:
 
     def __repr__(self) -> str:
         return f"<AttachedDevice {self.name} {self.path or self.target or self.configfs}>"
+
+    @property
+    def size(self) -> int:
+        """Bytes, now."""
+        return self.handler.size if self._server is None else self._server.size
 
     @asynccontextmanager
     async def _estate(self) -> AsyncIterator[dict[str, Device]]:
@@ -85,6 +89,22 @@ class AttachedDevice:
         await self._server.replace(handler, within=within)
         self.handler = handler
 
+    async def resize(self, size: int, *, shrink: bool = False, within: float = GRACE) -> None:
+        """Changes the size of the device, which stays in service: see `Device.resize`.
+
+        A disk of this machine has it when this returns. Initiators of other fabrics look when they are told to.
+        """
+        if self._server is None:
+            raise RuntimeError(f"device {self.name} is not served yet")
+        await self._server.resize(size, shrink=shrink, within=within)
+        await _blocking(_lio.rescan, _lio.Backstore(self.name, self.hba, self.wwn))
+
+    async def change_snapshots(self, action: str, name: str, *, within: float = GRACE) -> None:
+        """Keeps the state of the disk, which stays in service, or forgets one: see `Device.change_snapshots`."""
+        if self._server is None:
+            raise RuntimeError(f"device {self.name} is not served yet")
+        await self._server.change_snapshots(action, name, within=within)
+
     def hurry(self) -> None:
         """Ends the grace period of the detaching, that in progress or the coming one."""
         self._hurry.set()
@@ -98,6 +118,7 @@ async def attach(
     name: str | None = None,
     *,
     spec: str | None = None,
+    options: Mapping[str, str] | None = None,
     fabric: _lio.Fabric = "loopback",
     wwn: str | None = None,
     iqn: str | None = None,
@@ -129,6 +150,7 @@ async def attach(
         name: Name of the device; derived from `spec` or the handler's class if None.
         spec: `HANDLER:CONFIG`, which the kernel keeps and `tcmu-rs list` shows. It is a label here, nothing is opened
             by it. Never put a secret into it.
+        options: What the handler was told beside the spec; a label like that. Everybody can read it.
         fabric: `loopback` for a disk of this machine, `iscsi` for a target of its own, `none` for a backstore
             only.
         wwn: Unit serial number, a UUID; computed from name and spec if None, and so the same each time.
@@ -147,8 +169,9 @@ async def attach(
         copy_domain: The disks that initiators may copy from and to, beside this one itself.
         adopt: Go on with the device of this name (without a name: of this spec) if a killed process has left one, and
             make one otherwise. Its initiators notice a pause: what was in flight goes back to them as BUSY, and they
-            send it again. Name, spec, size, block size, serial number and fabric must be the same, and the handler
-            `persistent`. The spec is what tells one storage from another here: give one.
+            send it again; and they are told that the disk was reset. Name, spec, options, `read_only`, block size,
+            serial number and fabric must be the same, the storage no smaller, and the handler `persistent`. The spec is
+            what tells one storage from another here: give one.
         leave_on_error: If the block or the server ends with an error, leave the device in its place, blocked, for a
             successor to adopt. An adopted device is left too if it cannot be served.
         strict: Let a bug in the handler end the device instead of one command.
@@ -176,6 +199,7 @@ async def attach(
         name,
         handler_name,
         config,
+        options or {},
         wwn=wwn,
         max_sectors=max_sectors,
         data_area_mb=data_area_mb,
@@ -192,7 +216,7 @@ async def attach(
         claiming = partial(shape.inherit, key, inherited.fd)
     async with _claimed(claiming) as claim, _opened(handler, grace) as slot:
         check(handler)
-        backstore = await _blocking(shape.verify, claim.backstore, handler) if claim else None
+        backstore = await _blocking(shape.verify, claim, handler) if claim else None
         if backstore is None:
             backstore = await _blocking(shape.create, handler)
         service = None
@@ -230,6 +254,8 @@ async def attach(
                         await service.expose(
                             partial(_lio.expose_loopback, backstore), partial(_adoption.exposure, backstore, fabric)
                         )
+                        if claim is not None:
+                            await service.rescan()
                         device.path = await _wait_usable(device, ready_within)
                     service.leaves = leave_on_error
                     yield device
@@ -331,7 +357,7 @@ class _Service:
                     self._device.uio,
                     name=self._device.name,
                     wwn=self._device.wwn,
-                    claimed=self._claim.fd if self._claim else None,
+                    claimed=self._claim,
                     inherited=self._inherited,
                     strict=self._strict,
                     grace=self._grace,
@@ -395,6 +421,12 @@ class _Service:
                 self._no_lun.set()
         self._device.target = self._exposure.wwn
 
+    async def rescan(self) -> None:
+        """Has an adopted disk look for its size, if it is not what the server before has told it."""
+        disk = await _blocking(_disk, self._exposure) if self._exposure else None
+        if disk is not None and disk.size != self._device.size:
+            await _blocking(_lio.rescan, self._backstore)
+
     @property
     def left(self) -> bool:
         """Whether the device stays for a successor, or with the predecessor."""
@@ -452,10 +484,20 @@ class _Service:
 class _Shape:
     """What was asked for: to make a device of, or to compare one with that a dead process has left."""
 
-    def __init__(self, name: str | None, handler: str, config: str, *, wwn: str | None, **limits: int | None) -> None:
+    def __init__(
+        self,
+        name: str | None,
+        handler: str,
+        config: str,
+        options: Mapping[str, str],
+        *,
+        wwn: str | None,
+        **limits: int | None,
+    ) -> None:
         self._name = name
         self._handler = handler
         self._config = config
+        self._options = options
         self._wwn = wwn
         self._limits = limits
 
@@ -478,9 +520,10 @@ class _Shape:
             raise _lio.LioError(f"{claim.uio.config} was handed over, not {self._handler}:{self._config}")
         return claim
 
-    def verify(self, backstore: _lio.Backstore, handler: Handler) -> _lio.Backstore:
+    def verify(self, claim: _adoption.Claim, handler: Handler) -> _lio.Backstore:
         """Refuses a device that is not as it was asked for."""
-        wanted: dict[str, object] = {"dev_size": handler.size, "hw_block_size": handler.block_size}
+        backstore = claim.backstore
+        wanted: dict[str, object] = {"hw_block_size": handler.block_size}
         limits = dict(self._limits)
         if (sectors := limits.pop("max_sectors")) is not None:
             wanted["hw_max_sectors"] = _lio.whole_pages(sectors, handler.block_size)
@@ -493,7 +536,16 @@ class _Shape:
         wanted |= {names.get(key, key): value for key, value in limits.items() if value is not None}
         wwn = self._wwn or _lio.default_wwn(backstore.name, _lio.device_config(self._handler, self._config))
         _adoption.check_same(backstore, wanted, wwn)
+        if claim.was_handed_over:
+            # By a server with the same command line, whose version may have left no note.
+            _lio.set_note(backstore, self._note(handler))
+        else:
+            _adoption.check_note(backstore, self._note(handler))
+        _adoption.check_size(backstore, handler.size)
         return backstore
+
+    def _note(self, handler: Handler) -> str:
+        return _adoption.note(getattr(handler, "read_only", False), self._options)
 
     def create(self, handler: Handler) -> _lio.Backstore:
         """Makes the device."""
@@ -503,6 +555,7 @@ class _Shape:
             self._config,
             handler.size,
             block_size=handler.block_size,
+            note=self._note(handler),
             wwn=self._wwn,
             **self._limits,
         )

@@ -235,8 +235,12 @@ def attach(
     from . import _adoption, _attach, _serving, _supervise
 
     handler_name, config = spec
+    if create and _adoption.is_there(_lio.device_config(handler_name, config)):
+        # Initiators know what is in the storage: if that is gone, nothing empty may take its place.
+        create = False
     options = _options(size=size, create=create, read_only=read_only, block_size=block_size, extra=extra)
-    handler = _find_class(handler_name, handler_class).from_config(config, options)
+    kind = _find_class(handler_name, handler_class)
+    handler = kind.from_config(config, options)
     leash = _supervise.Leash.inherited()
     if supervise:
         if not handler.persistent:
@@ -256,6 +260,8 @@ def attach(
         leash = _serving.supervised(leash, f"{handler_name}:{config}", hold)
     if leash is not None:
         name = leash.name or name
+        if not leash.first:
+            handler = _adoption.remade(kind, config, options, leash.name)
 
     def announce(device: _attach.AttachedDevice) -> None:
         if leash is not None:
@@ -279,6 +285,7 @@ def attach(
             handler,
             name,
             spec=f"{handler_name}:{config}",
+            options=options.extra,
             adopt=True,
             leave_on_error=supervise,
             _succession=succession,
@@ -498,7 +505,8 @@ def stats(name: str, as_json: bool) -> None:
 def top(interval: float, rounds: int | None) -> None:
     """Watch what the devices of this machine do.
 
-    Below the table are the commands that take longer than a second, and what they wait for.
+    Below the table are the commands that take longer than a second, what they wait for, and what the handlers tell
+    about the storage.
 
     \b
     Examples:

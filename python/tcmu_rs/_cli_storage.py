@@ -39,18 +39,35 @@ def show_progress(done: float) -> None:
 def resize(
     spec: _Spec, handler_class: str | None, extra: _Extra, block_size: str | None, size: int, shrink: bool
 ) -> None:
-    """Change the size of the disk SPEC, which must not be served.
+    """Change the size of the disk SPEC, served or not.
+
+    A disk that is served stays in service. If it is a disk of this machine it has the new size when this returns;
+    initiators elsewhere have to look: echo 1 > /sys/block/sdX/device/rescan, or iscsiadm -m session -R. A file system
+    on it is made larger by its own tool: resize2fs, xfs_growfs. Before a disk is made smaller, what is on it has to be.
 
     \b
     Examples:
+      tcmu-rs resize file:/var/tmp/disk.img --size 20G
       tcmu-rs resize qcow2:/var/tmp/disk.qcow2 --size 20G
     """
-    trio.run(functools.partial(_method(spec, handler_class, block_size, extra, "resize"), size=size, shrink=shrink))
+    from . import _resize
+
+    handler, config = spec
+    if (device := _resize.find(handler, config)) is not None:
+        _resize.served(device, size, shrink=shrink)
+        return
+    kind = _cli._find_class(handler, handler_class)
+    options = _cli._options(size=None, create=False, read_only=False, block_size=block_size, extra=extra)
+    trio.run(functools.partial(_resize.unserved, kind, config, options, size, shrink=shrink))
 
 
 @click.group()
 def snapshot() -> None:
-    """Keep states of a disk, which must not be served."""
+    """Keep states of a disk.
+
+    A disk that is served stays in service; what its users have not written yet is not in the state, so have them write
+    it back first (sync, fsfreeze). To go back to a state it has to be detached.
+    """
 
 
 def _action(action: str, about: str) -> None:
@@ -58,6 +75,12 @@ def _action(action: str, about: str) -> None:
     @_cli._handler_options
     @click.argument("name")
     def run(spec: _Spec, handler_class: str | None, extra: _Extra, block_size: str | None, name: str) -> None:
+        from . import _resize
+
+        if (device := _resize.find(*spec)) is not None:
+            _resize.check_served(device)
+            trio.run(functools.partial(_resize.ask, device, "snapshot", action=action, snapshot=name))
+            return
         method = _method(spec, handler_class, block_size, extra, "snapshot")
         trio.run(functools.partial(method, action=action, name=name))
 

@@ -21,7 +21,8 @@ from ._domain import CopyDomain
 from ._errors import DeviceError, DeviceRemovedError
 from ._handler import Handler, Options, check
 from ._netlink import DeviceEvents, Rescan
-from ._runtime import GRACE, serve_uio, verbs
+from ._runtime import GRACE
+from ._service import serve_uio, verbs
 from ._slot import Slot
 from ._upgrade import UpgradeError
 
@@ -155,12 +156,41 @@ class Daemon:
                 await service.ended.wait()
             self._events.reply(event)
         elif event.kind == "reconfig":
-            _log.warning("%s/%s: changing a device in service is not supported", *key)
-            self._events.reply(event, -errno.EOPNOTSUPP)
+            nursery.start_soon(self._reconfigure, event, key)
         elif (uio := await trio.to_thread.run_sync(_sysfs.find, *key)) is None:
             self._events.reply(event, -errno.ENODEV)
         else:
             self._start(uio, event, nursery)
+
+    async def _reconfigure(self, event: DeviceEvent, key: _Key) -> None:
+        """Does what somebody has written to an attribute of a device in service: `dev_size`, if it grows."""
+        status = -errno.EINTR
+        try:
+            status = await self._resize(event.size, key)
+        finally:
+            # Also when the daemon ends meanwhile: whoever has written waits for it, for ever.
+            self._events.reply(event, status)
+
+    async def _resize(self, size: int | None, key: _Key) -> int:
+        """Returns 0, or a negative error number."""
+        name = "/".join(map(str, key))
+        service = self._services.get(key)
+        if size is None:
+            _log.warning("%s: only the size of a device in service can be changed", name)
+            return -errno.EOPNOTSUPP
+        if service is None or service.device is None:
+            return -errno.EAGAIN
+        device = service.device
+        try:
+            await device.resize(size)
+        except Exception as error:
+            _log.error("%s: not resized: %s", name, error)
+            # Where the kernel does not wait for us it has taken the number over already.
+            with suppress(_lio.LioError, OSError, trio.TooSlowError), trio.fail_after(_SERIAL_WITHIN):
+                backstore = _lio.Backstore(device.name, key[0], "")
+                await trio.to_thread.run_sync(_lio.set_size, backstore, device.size, abandon_on_cancel=True)
+            return -((error.errno if isinstance(error, OSError) else 0) or errno.EINVAL)
+        return 0
 
     def _rescan(self, nursery: trio.Nursery) -> None:
         for uio in _sysfs.scan():
@@ -236,8 +266,12 @@ class Daemon:
         try:
             size, block_size = await trio.to_thread.run_sync(_shape, backstore)
             config, extra = _lio.parse_config(uio.config.partition("/")[2])
-            handler = kind.from_config(config, Options(size=size, block_size=block_size, extra=extra))
-            if service.claim and service.claim.was_served and not handler.persistent:
+            options = Options(size=size, block_size=block_size, extra=extra)
+            was_served = service.claim is not None and service.claim.was_served
+            handler = (
+                _adoption.remade(kind, config, options, uio.name) if was_served else kind.from_config(config, options)
+            )
+            if was_served and not handler.persistent:
                 raise _lio.LioError(
                     f"what {uio.config} stored has gone with the process that served it",
                     f"remove the device, for instance: tcmu-rs detach {uio.name}",
@@ -252,7 +286,8 @@ class Daemon:
         try:
             try:
                 check(handler)
-                if (handler.size, handler.block_size) != (size, block_size):
+                grown = was_served and handler.size > size
+                if handler.block_size != block_size or (handler.size != size and not grown):
                     raise ValueError(
                         f"the kernel was told {size} bytes in blocks of {block_size}, "
                         f"the storage has {handler.size} in blocks of {handler.block_size}"
@@ -281,7 +316,7 @@ class Daemon:
             service.uio,
             name=service.uio.name,
             wwn=await _serial(backstore),
-            claimed=service.claim.fd if service.claim else None,
+            claimed=service.claim,
             inherited=service.inherited,
             before_stop=service.block,
             grace=self._grace,

@@ -147,4 +147,4 @@ USER = _User()
 @trio.lowlevel.enable_ki_protection
 def finish(transfer: _native.Transfer) -> Coroutine[Any, Any, None]:
     """Does what is left of a transfer."""
-    return _open().finish(transfer)
+    return (_current.get() or _open()).finish(transfer)

@@ -154,6 +154,14 @@ class Handler:
     async def aclose(self) -> None:
         """Gives the storage back; called once, also after errors. **If omitted**: nothing to give back."""
 
+    def statistics(self) -> Mapping[str, float]:
+        """Numbers about the storage for people to watch (`tcmu-rs stats`), by names in snake_case.
+
+        Counters run since `open`. Names that end in `_bytes` are shown as sizes. Called in the event loop now and then,
+        while the handler is open, and must not block. **If omitted**: there is nothing to tell.
+        """
+        return {}
+
     async def __aenter__(self) -> Self:
         await self.open()
         return self
@@ -186,6 +194,14 @@ class BlockHandler(Handler):
         Which parts of the range have storage: a sequence of pairs, length in bytes and `ExtentState`, from `offset` on.
         It may end early, after one block at least. Of a block that is only partly free nothing is. **If omitted**, or
         with `can_extents` False: all of the disk is said to be in use.
+    `change_snapshots(self, action, name)`
+        With `create` keep the state of the disk as `name`, with `delete` forget it. No command runs meanwhile. **If
+        omitted**, or with `can_change_snapshots` False: that can be done only while the disk is not served.
+    `set_size(self, size)`
+        Make the storage `size` bytes, durably, and set `self.size`; what is new reads as what was discarded, what is
+        behind the end is gone. Nothing else of the handler runs meanwhile. If it raises, `self.size` is what there is
+        then; a `ValueError` is for sizes that it cannot have. **If omitted**, or with `can_set_size` False: the disk is
+        not resized in service.
     `scsi_command(self, cmd)`
         Asked first about every command; as `Handler.command`, or return `NotImplemented` to leave it to the
         emulation.
@@ -202,7 +218,7 @@ class BlockHandler(Handler):
     is logged, and is an INTERNAL TARGET FAILURE to the initiator.
 
     Attributes:
-        size: Bytes, a multiple of `block_size`. Read once, after `open`.
+        size: Bytes, a multiple of `block_size`. Read after `open` and `set_size`.
         block_size: Bytes of a logical block: 512, 1024, 2048 or 4096.
         physical_block_size: Bytes that the storage writes at once, for the initiator to align to.
         read_only: Refuse every change, `write` or not.
@@ -214,6 +230,8 @@ class BlockHandler(Handler):
         can_discard: Refines the presence of `discard`.
         can_write_zeroes: Refines the presence of `write_zeroes`.
         can_extents: Refines the presence of `extents`.
+        can_set_size: Refines the presence of `set_size`.
+        can_change_snapshots: Refines the presence of `change_snapshots`.
         max_atomic_write: `write` of up to so many bytes is stored whole or not at all, even if the power fails; 0 if
             nothing is promised, and then initiators are not offered WRITE ATOMIC.
         discard_zeroes: A discarded range reads as zeroes (LBPRZ).
@@ -230,6 +248,8 @@ class BlockHandler(Handler):
     can_discard: bool = True
     can_write_zeroes: bool = True
     can_extents: bool = True
+    can_set_size: bool = True
+    can_change_snapshots: bool = True
     max_atomic_write: int = 0
     discard_zeroes: bool = False
     discard_granularity: int = 0

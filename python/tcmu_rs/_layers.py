@@ -51,6 +51,7 @@ class Lower:
         can_discard: `discard` works.
         can_write_zeroes: `write_zeroes` works.
         can_extents: `extents` works.
+        can_set_size: `set_size` works.
         discard_zeroes: What was discarded reads as zeroes.
         fills_reads: `read` promises to write every byte.
     """
@@ -64,6 +65,7 @@ class Lower:
     can_discard: bool
     can_write_zeroes: bool
     can_extents: bool
+    can_set_size: bool
     discard_zeroes: bool
     fills_reads: bool
 
@@ -107,6 +109,7 @@ class Lower:
         self.can_discard = self.writable and has(handler, "discard")
         self.can_write_zeroes = self.writable and has(handler, "write_zeroes")
         self.can_extents = has(handler, "extents")
+        self.can_set_size = has(handler, "set_size")
         self.discard_zeroes = handler.discard_zeroes
         self.fills_reads = handler.fills_reads
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
@@ -116,6 +119,7 @@ class Lower:
         self.extents = self._awaitable("extents")
         self._write = self._awaitable("write")
         self._flush = self._awaitable("flush")
+        self._set_size = self._awaitable("set_size")
 
     async def aclose(self) -> None:
         """Closes the handler."""
@@ -144,6 +148,13 @@ class Lower:
         """Makes durable what was written; does nothing if it is so already."""
         if self.has_cache:
             await self._flush()
+
+    async def set_size(self, size: int) -> None:
+        """Changes the size of what is below, while nothing else is asked of it."""
+        try:
+            await self._set_size(size)
+        finally:
+            self.size = self.handler.size
 
     def _awaitable(self, name: str) -> Callable[..., Awaitable[Any]]:
         """A method as one that is awaited; an `async def` is the handler's own, with nothing around it."""

@@ -392,6 +392,45 @@ def device_size(backstore: Backstore) -> int:
     return 0
 
 
+@own_errors
+def set_note(backstore: Backstore, note: str) -> None:
+    """Leaves a line with a device, for `note_of`."""
+    # The kernel takes nothing for nothing.
+    if note != note_of(backstore):
+        _write(backstore.path / "alias", note or "\n")
+
+
+def note_of(backstore: Backstore) -> str:
+    """Reads the line that was left with a device: its `alias`, which the kernel keeps and does nothing with."""
+    with suppress(FileNotFoundError):
+        return _read(backstore.path / "alias")
+    return ""
+
+
+@own_errors
+def set_size(backstore: Backstore, size: int) -> None:
+    """Tells the kernel another size of a device in service.
+
+    By way of `control`, which announces nothing: the attribute would ask whoever listens, and fail if nobody does.
+
+    Raises:
+        LioError: The device is gone, or the kernel did not take it over.
+    """
+    _write(backstore.path / "control", f"dev_size={size}")
+    if (found := device_size(backstore)) != size:
+        raise LioError(f"the kernel has dev_size={found} instead of {size}")
+
+
+def rescan(backstore: Backstore) -> None:
+    """Has the disks of this machine that a backstore's loopback LUNs are look for their size, now.
+
+    The device must be served meanwhile. Initiators elsewhere look for themselves.
+    """
+    for lun in luns().get(backstore.path, []):
+        if lun.parents[3].name == "loopback" and (address := loopback_address(lun)):
+            _sysfs.rescan(address)
+
+
 def is_blocked(backstore: Backstore) -> bool:
     """Tells whether the kernel answers "busy" for the device because its server asked for it."""
     # The file cannot be read before the device is enabled.
@@ -424,6 +463,7 @@ def create_backstore(
     size: int,
     *,
     block_size: int = 512,
+    note: str = "",
     wwn: str | None = None,
     max_sectors: int | None = None,
     ring_mb: int | None = None,
@@ -443,6 +483,7 @@ def create_backstore(
         config: The handler's configuration, any text; it is escaped.
         size: Bytes.
         block_size: Bytes of a logical block: 512, 1024, 2048 or 4096.
+        note: A line that stays with the device (`note_of`), up to 511 bytes.
         wwn: Unit serial number, a UUID; computed from name and config if None.
         max_sectors: Largest transfer that initiators are told, in blocks; rounded down to whole pages.
         ring_mb: Size of the command ring, MiB, 8 at most.
@@ -491,6 +532,8 @@ def create_backstore(
         # none: there an aborted command runs to its end.
         if (backstore.path / "attrib/tmr_notification").exists():
             attributes["tmr_notification"] = 1
+        if note:
+            set_note(backstore, note)
         for key, value in control.items():
             if value is not None:
                 _write(backstore.path / "control", f"{key}={value}")

@@ -13,43 +13,39 @@ cancels the scope of the command meant; the worker then enters a new one.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import logging
-import math
-import os
 import traceback
 import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, cast
 
 import trio
 
-from . import _errors, _files, _native, _statistics, _watchdog
+from . import _errors, _native, _statistics, _watchdog
+from ._calls import Calls
 from ._domain import NOT_REACHABLE, CopyDomain, Piece
-from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, check, colour_of, has
+from ._handler import Colour, Handler, Verb, colour_of, has
 from ._late import Overseer, Suspended
 from ._polling import Polling
 from ._slot import Face, NobodyServesError, Slot
 
-if TYPE_CHECKING:
-    from . import _control
-    from ._sysfs import UioDevice
-    from ._upgrade import Inherited
-
 logger = logging.getLogger("tcmu_rs")
 
 BATCH = 64
-"""Entries taken from the ring at once; between batches other tasks run."""
+"""Entries taken from the ring at once, and commands between two passes of the loop."""
+SMALLEST = 8
+"""Commands that a batch counts for beside its own: answering it is more than them."""
 STEPS = 4
 """Steps of one command between two passes of the loop."""
 LAST_BATCHES = 16
 """Batches of new commands that a device turns away when it ends; an initiator may send them again at once."""
 GRACE = 10.0
 """Seconds that commands in flight get when a device stops."""
-KERNEL_TIME_OUT = 30
-"""Seconds after which the kernel gives a command up, unless told otherwise (`TCMU_TIME_OUT`)."""
+_CONFIGFS_WITHIN = 5.0
+"""Seconds for the kernel to take a number."""
 
 _ABORTED = _errors.Failure(_errors.TASK_ABORTED)
 _BUSY = _errors.Failure(_errors.BUSY)
@@ -59,7 +55,6 @@ _BUG = _errors.HardwareError.failure
 _INVALID_OPCODE = _errors.Failure(_errors.CHECK_CONDITION, 0x5, 0x20, 0x00)
 
 _Coroutine = Coroutine[Any, Any, Any]
-_Call = Callable[["_native.Command"], "_Coroutine | None"]
 _Begun = tuple[_Coroutine, Any] | BaseException | None
 """How far a command is: a coroutine that has suspended, and what it waits for; what was raised; or not begun."""
 
@@ -127,6 +122,8 @@ class Device:
         before_stop: Callable[[], None] | None,
         naa: bytes,
         copy_domain: CopyDomain | None,
+        unit: _native.LogicalUnit | None,
+        set_kernel_size: Callable[[int], None] | None,
         busy_poll: float,
     ) -> None:
         self.name = name
@@ -148,22 +145,23 @@ class Device:
         self._before_stop = before_stop
         self._naa = naa
         self._copy_domain = copy_domain
+        self._unit = unit
+        self._set_kernel_size = set_kernel_size
         self._copies = 0
         self._waiting_pieces: dict[int, Piece] = {}
-        self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._max_in_flight = handler.max_in_flight
-        self._names: dict[int | None, str]
-        self._calls: dict[int | None, _Call] = self._find_calls()
-        self._methods = self._find_methods()
         self._pending: deque[_native.Command] = deque()
         self._idle: list[trio.lowlevel.Task] = []
         self._suspended: dict[int, Suspended] = {}
         self._overseer = Overseer(name, deadline, self._suspended, self._waiting, self._turn_away_late)
+        self._calls = Calls(handler, self._overseer, self._start_copy)
         self._workers = 0
         self._running = 0
         self._pumping = False
+        self._taken = 0
         self._dirty = False
         self._committing = False
+        self._calling = 2
         self._stopping = False
         self._broken = False
         self._drained = trio.Event()
@@ -185,7 +183,18 @@ class Device:
             running=self._running,
             pending=len(self._waiting()),
             late=self._overseer.late(),
+            storage=self._storage_statistics(),
         )
+
+    def _storage_statistics(self) -> Mapping[str, float]:
+        if self._parked is not None:
+            # It may just be closed.
+            return {}
+        try:
+            return _statistics.numbers(self.handler.statistics())
+        except Exception:
+            logger.exception("%s: %s.statistics() failed", self.name, type(self.handler).__name__)
+            return {}
 
     def stop(self) -> None:
         """Asks the device to stop: no new commands, then as when its task is cancelled."""
@@ -209,12 +218,12 @@ class Device:
 
         Raises:
             TooSlowError: One takes longer. The device goes on.
-            BusyResourceError: Its handler is just being replaced. The device goes on.
+            BusyResourceError: Its handler is just being replaced or resized. The device goes on.
         """
         try:
             self._exchange.acquire_nowait()
         except trio.WouldBlock:
-            raise trio.BusyResourceError(f"{self.name}: its handler is just being replaced") from None
+            raise trio.BusyResourceError(f"{self.name}: its handler is just being replaced or resized") from None
         self._resumed = trio.Event()
         try:
             with trio.fail_after(within):
@@ -265,28 +274,128 @@ class Device:
             TypeError: The new handler cannot be served here.
             ValueError: It differs from what initiators were told of the disk: see `_slot.Face`. It may do more, which
                 they are told when the device is made anew.
-            BusyResourceError: Another replacement is under way.
+            BusyResourceError: Another replacement, a change of the size or an upgrade is under way.
             DeviceError: The device ended meanwhile.
             Exception: What opening the new handler raised.
         """
         if handler is self.handler:
             raise ValueError("a handler cannot replace itself")
-        try:
-            self._exchange.acquire_nowait()
-        except trio.WouldBlock:
-            raise trio.BusyResourceError(f"{self.name}: another replacement is under way") from None
-        self._parked = deque()
-        self._unparked = trio.Event()
-        try:
+        async with self._parking():
             with trio.fail_after(within):
                 await self._quiesce()
                 if has(self.handler, "flush"):
-                    await self._flush()
+                    await self._invoke("flush")
             try:
                 await self._slot.exchange(handler, self._face, within)
             except NobodyServesError as error:
                 self._fail(error)
                 raise
+
+    async def resize(self, size: int, *, shrink: bool = False, within: float = GRACE) -> None:
+        """Changes the size of the disk, which stays in service meanwhile.
+
+        Commands that have begun end first; those that come wait, and find the new size. The next of them is answered
+        with CAPACITY DATA HAS CHANGED; what an initiator does with that is its own affair (Linux: `rescan`).
+
+        A disk that grows has its storage before anybody is told; one that shrinks has told the kernel and refuses
+        what is behind the new end before its storage goes. So there is never a command for what is not there,
+        whenever this process is killed.
+
+        Args:
+            size: Bytes.
+            shrink: Permit a smaller size than now. What is behind it is lost.
+            within: Seconds for what has begun to end.
+
+        Raises:
+            TypeError: The handler has no `set_size`.
+            ValueError: It is no size of a disk of such blocks, or a smaller one without `shrink`.
+            TooSlowError: Commands did not end in time.
+            BusyResourceError: A replacement or an upgrade is under way.
+            DeviceError: The device ended meanwhile.
+            Exception: What `set_size` raised. The disk has the size then that the handler says.
+        """
+        kind = type(self.handler).__name__
+        if not has(self.handler, "set_size"):
+            raise TypeError(f"{kind} has no set_size(): {self.name} cannot be resized in service")
+        if not 0 < size < 1 << 63 or size % self.block_size:
+            raise ValueError(f"{size} is no size of a disk with blocks of {self.block_size} bytes")
+        if size < self.size and not shrink:
+            raise ValueError(
+                f"{size} bytes are less than the {self.size} of now: what is behind would be lost (--shrink)"
+            )
+        async with self._parking():
+            with trio.fail_after(within):
+                await self._quiesce()
+            if size != self.size:
+                with trio.CancelScope(shield=True):
+                    await self._set_size(size)
+
+    async def change_snapshots(self, action: str, name: str, *, within: float = GRACE) -> None:
+        """Keeps the state of the disk, or forgets one that was kept, while the disk stays in service.
+
+        Commands that have begun end first; those that come wait. So the state is of one moment, with everything that
+        was answered: to whoever has written to the disk it is as after a power cut.
+
+        Args:
+            action: `create` or `delete`.
+            name: Of the state.
+            within: Seconds for what has begun to end.
+
+        Raises:
+            TypeError: The handler has no `change_snapshots`.
+            ValueError: It is another action. To go back to a state would change the disk under its users.
+            TooSlowError: Commands did not end in time.
+            BusyResourceError: A replacement, a change of the size or an upgrade is under way.
+            DeviceError: The device ended meanwhile.
+            Exception: What `change_snapshots` raised.
+        """
+        if action not in ("create", "delete"):
+            raise ValueError(f"{action} would change {self.name} under those who use it: detach it first")
+        if not has(self.handler, "change_snapshots"):
+            raise TypeError(f"{type(self.handler).__name__} has no snapshots in service: detach {self.name} first")
+        async with self._parking():
+            with trio.fail_after(within):
+                await self._quiesce()
+            with trio.CancelScope(shield=True):
+                await self._invoke("change_snapshots", action, name)
+
+    async def _set_size(self, size: int) -> None:
+        handler = self.handler
+        if size < self.size:
+            await self._announce_size(size)
+        try:
+            await self._invoke("set_size", size)
+            if handler.size != size:
+                raise RuntimeError(f"{type(handler).__name__}.set_size({size}) has left size at {handler.size}")
+        finally:
+            if handler.size != self.size:
+                try:
+                    await self._announce_size(handler.size)
+                except ValueError as error:
+                    self._fail(error)
+
+    async def _announce_size(self, size: int) -> None:
+        if self._set_kernel_size is not None:
+            # Given up rather than waited for: configfs stands still while the device is being removed, and that may
+            # wait for us.
+            with trio.fail_after(_CONFIGFS_WITHIN):
+                await trio.to_thread.run_sync(self._set_kernel_size, size, abandon_on_cancel=True)
+        if self._unit is not None:
+            self._unit.set_size(size)
+        self.size = size
+        self._face = dataclasses.replace(self._face, size=size)
+
+    @asynccontextmanager
+    async def _parking(self) -> AsyncIterator[None]:
+        """Keeps commands that come from the handler; after the block, whichever is there then gets them."""
+        try:
+            self._exchange.acquire_nowait()
+        except trio.WouldBlock:
+            raise trio.BusyResourceError(f"{self.name}: another change is under way") from None
+        self._parked = deque()
+        self._unparked = trio.Event()
+        try:
+            yield
         finally:
             self._resume_with(self._slot.handler)
             self._exchange.release()
@@ -307,11 +416,11 @@ class Device:
         self._commit()
         return not self._pending and self._ring.in_flight == len(self._parked or ())
 
-    async def _flush(self) -> None:
-        method: Callable[..., Any] = self.handler.flush  # type: ignore[attr-defined]
+    async def _invoke(self, name: str, *args: Any) -> None:
+        method: Callable[..., Any] = getattr(self.handler, name)
         if colour_of(method) is Colour.BLOCKING:
-            await trio.to_thread.run_sync(method, limiter=self._limiter)
-        elif (result := method()) is not None:
+            await trio.to_thread.run_sync(method, *args, limiter=self._calls.limiter)
+        elif (result := method(*args)) is not None:
             await result
 
     def _resume_with(self, handler: Handler) -> None:
@@ -321,12 +430,10 @@ class Device:
         if handler is not self.handler:
             self.handler = handler
             self._max_in_flight = handler.max_in_flight
-            self._limiter = trio.CapacityLimiter(handler.max_in_flight)
-            self._calls = self._find_calls()
-            self._methods = self._find_methods()
+            self._calls = Calls(handler, self._overseer, self._start_copy)
             intercept = has(handler, "scsi_command")
             self._ring.serve_another(intercept=intercept, fills_reads=getattr(handler, "fills_reads", False))
-        whole = None in self._calls
+        whole = self._calls.has(None)
         # Each is answered, needs the handler, or has to wait for others and comes out of the ring again.
         with suppress(_errors.DeviceError):
             self._pending.extend([cmd for cmd in parked if whole or cmd.emulate()])
@@ -342,125 +449,6 @@ class Device:
 
         if self._nursery is not None:
             self._nursery.start_soon(fail)
-
-    # How each verb is called, decided once.
-
-    def _find_calls(self) -> dict[int | None, _Call]:
-        handler = self.handler
-        kind = type(handler).__name__
-        self._names = {None: f"{kind}.{self._method(None)}"} | {int(verb): f"{kind}.{METHODS[verb]}" for verb in Verb}
-        calls: dict[int | None, _Call] = {}
-        if not isinstance(handler, BlockHandler):
-            calls[None] = self._colour("command", lambda cmd: (cmd,), self._reply)
-            return calls
-        if has(handler, "scsi_command"):
-            calls[None] = self._colour("scsi_command", lambda cmd: (cmd,), self._reply_or_emulate)
-        arguments: dict[Verb, Callable[[_native.Command], tuple[Any, ...]]] = {
-            Verb.READ: lambda cmd: (cmd.offset, cmd.iov),
-            Verb.WRITE: lambda cmd: (cmd.offset, cmd.iov),
-            Verb.FLUSH: lambda cmd: (),
-            Verb.DISCARD: lambda cmd: (cmd.offset, cmd.length),
-            Verb.WRITE_ZEROES: lambda cmd: (cmd.offset, cmd.length),
-            Verb.EXTENTS: lambda cmd: (cmd.offset, cmd.length),
-        }
-        for verb, name in METHODS.items():
-            if has(handler, name):
-                calls[int(verb)] = self._colour(
-                    name,
-                    arguments[verb],
-                    self._set_extents if verb == Verb.EXTENTS else None,
-                    fua=verb == Verb.WRITE and handler.native_fua,
-                )
-        return calls
-
-    def _find_methods(self) -> _native.Methods:
-        """What `Command.run` calls by itself."""
-        handler = self.handler
-        found: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, bool]] = {}
-        if isinstance(handler, BlockHandler):
-            for verb in (Verb.READ, Verb.WRITE):
-                name = METHODS[verb]
-                if has(handler, name) and colour_of(method := getattr(handler, name)) is not Colour.BLOCKING:
-                    durable = None
-                    if verb == Verb.WRITE and handler.native_fua:
-                        method, durable = functools.partial(method, fua=False), functools.partial(method, fua=True)
-                    found[name] = method, durable, colour_of(getattr(handler, name)) is Colour.ASYNC
-        return _native.Methods(self._refuse, **found)
-
-    def _colour(
-        self,
-        name: str,
-        arguments: Callable[[_native.Command], tuple[Any, ...]],
-        finish: Callable[[_native.Command, Any], None] | None,
-        *,
-        fua: bool = False,
-    ) -> _Call:
-        method: Callable[..., Any] = getattr(self.handler, name)
-        colour = colour_of(method)
-
-        if colour is Colour.PLAIN:
-
-            def plain(cmd: _native.Command) -> None:
-                result = method(*arguments(cmd), fua=cmd.fua) if fua else method(*arguments(cmd))
-                if finish is None or isinstance(result, Awaitable):
-                    self._check_result(name, result)
-                else:
-                    finish(cmd, result)
-
-            return plain
-
-        if colour is Colour.ASYNC and finish is None:
-            # What the handler made is what the worker runs, with nothing around it.
-            if not fua:
-                return lambda cmd: method(*arguments(cmd))
-            return lambda cmd: method(*arguments(cmd), fua=cmd.fua)
-
-        async def suspended(cmd: _native.Command) -> None:
-            call = functools.partial(method, *arguments(cmd), **({"fua": cmd.fua} if fua else {}))
-            if colour is Colour.BLOCKING:
-                # Not abandoned on cancel: the thread may still be writing into the data area.
-                result = await trio.to_thread.run_sync(self._in_thread, cmd, call, limiter=self._limiter)
-            else:
-                result = await call()
-            if finish is not None:
-                finish(cmd, result)
-            else:
-                self._check_result(name, result)
-
-        return suspended
-
-    def _in_thread(self, cmd: _native.Command, call: Callable[[], Any]) -> Any:
-        with self._overseer.in_thread(cmd):
-            return call()
-
-    def _check_result(self, name: str, result: object) -> None:
-        if result is None:
-            return
-        what = f"{type(self.handler).__name__}.{name}()"
-        if isinstance(result, Awaitable):
-            if isinstance(result, Coroutine):
-                result.close()
-            raise TypeError(f"{what} is a plain function that returned an awaitable: write `async def`")
-        raise TypeError(f"{what} returned {result!r}: transfers are whole, return None")
-
-    def _refuse(self, verb: int, result: object) -> None:
-        self._check_result(self._method(verb), result)
-
-    def _reply(self, cmd: _native.Command, result: Any) -> None:
-        if result is not None and not isinstance(result, int):
-            raise TypeError(f"{type(self.handler).__name__} returned {result!r}: return None or a number of bytes")
-        cmd.succeed(result)
-
-    def _set_extents(self, cmd: _native.Command, result: Any) -> None:
-        cmd.set_extents([(int(length), int(state)) for length, state in result])
-
-    def _reply_or_emulate(self, cmd: _native.Command, result: Any) -> None:
-        if result is NotImplemented:
-            cmd.emulate()
-            if cmd.piece is not None:
-                self._start_copy(cmd)
-        else:
-            self._reply(cmd, result)
 
     # Workers.
 
@@ -519,9 +507,13 @@ class Device:
     async def _pump(self) -> None:
         """Waits for the ring and takes a batch."""
         self._pumping = True
+        taken = 0
         try:
             if self._resumed is not None:
                 await self._resumed.wait()
+            elif self._ring.pending() and self._taken < BATCH and not self._running:
+                # A pass of the loop would cost as much as a small batch, and no handler waits for it.
+                taken = self._taken
             elif self._ring.pending():
                 await trio.lowlevel.checkpoint()
             elif self._polling is None or self._running:
@@ -533,6 +525,7 @@ class Device:
                 return
             parked = self._parked
             commands, notices = self._ring.drain(BATCH, parked is not None)
+            self._taken = taken + SMALLEST + len(commands)
         finally:
             self._pumping = False
         # What the emulation answered is not handed back yet, nor the space of entries that need no answer.
@@ -562,8 +555,10 @@ class Device:
     def _call_workers(self) -> None:
         """A command has suspended: sees to it that somebody goes on with what waits, and with the ring."""
         room = min(len(self._pending), self._max_in_flight - self._running)
-        # Two at a time, so that a batch of suspending commands is under way after a few passes of the loop.
-        wanted = min(2, room) or int(self._dirty or not self._pumping)
+        # Two, four, and so on: a batch of suspending commands is under way after a few passes of the loop, and the next
+        # one after two.
+        wanted = min(self._calling, room) or int(self._dirty or not self._pumping)
+        self._calling = min(2 * self._calling, self._max_in_flight)
         for _ in range(wanted):
             if self._idle:
                 trio.lowlevel.reschedule(self._idle.pop())
@@ -584,7 +579,7 @@ class Device:
         Returns the first one that needs more, and how far it is.
         """
         self._dirty = True
-        pending, methods = self._pending, self._methods
+        pending, methods = self._pending, self._calls.methods
         while pending:
             cmd = pending.popleft()
             try:
@@ -598,18 +593,21 @@ class Device:
             if isinstance(begun, tuple):
                 return cmd, begun
             self._keep(cmd, begun)
+        # None of them has suspended: one worker at a time is enough again.
+        self._calling = 2
         if self._running == 0 and (self._stopping or self._quiet is not None):
             self._is_idle()
         return None
 
     def _call(self, cmd: _native.Command, verb: int | None) -> tuple[_Coroutine, Any] | None:
         """Calls the handler. Returns the coroutine and what it waits for, if it has suspended."""
-        coroutine = self._calls[verb](cmd)
+        coroutine = self._calls.call(verb, cmd)
         if coroutine is not None:
             try:
                 return coroutine, coroutine.send(None)
             except StopIteration as stop:
-                self._check_result(self._method(verb), stop.value)
+                if stop.value is not None:
+                    self._calls.check_result(verb, stop.value)
         return None
 
     async def _suspended_in(
@@ -619,14 +617,15 @@ class Device:
         # An answered command (IMMED) cannot be aborted, and its id may be another one's by now.
         cmd_id = None if cmd.answered else cmd.id
         if cmd_id is not None:
-            self._suspended[cmd_id] = scope, cmd, self._names[verb], coroutine
+            self._suspended[cmd_id] = scope, cmd, self._calls.name(verb), coroutine
         self._call_workers()
         try:
             result = await _resume(coroutine, trap)
         finally:
             if cmd_id is not None:
                 self._not_suspended(cmd_id, cmd)
-        self._check_result(self._method(verb), result)
+        if result is not None:
+            self._calls.check_result(verb, result)
 
     async def _run(self, cmd: _native.Command, begun: _Begun, scope: trio.CancelScope) -> None:
         """Runs one command to its answer, whatever happens."""
@@ -643,7 +642,7 @@ class Device:
                 self._commit()
             while True:
                 if begun is None:
-                    if verb not in self._calls:
+                    if not self._calls.has(verb):
                         if verb is None and cmd.piece is not None:
                             self._start_copy(cmd)
                         else:
@@ -710,17 +709,12 @@ class Device:
             rest = None
         return cancelled if rest is None else None
 
-    def _method(self, verb: int | None) -> str:
-        if verb is not None:
-            return METHODS[Verb(verb)]
-        return "scsi_command" if isinstance(self.handler, BlockHandler) else "command"
-
     async def _pause(self, cmd: _native.Command, scope: trio.CancelScope) -> None:
         """Lets others run between two steps of a long command."""
         self._dirty = True
         cmd_id = None if cmd.answered else cmd.id
         if cmd_id is not None:
-            self._suspended[cmd_id] = scope, cmd, self._names[cmd.verb], None
+            self._suspended[cmd_id] = scope, cmd, self._calls.name(cmd.verb), None
         self._call_workers()
         try:
             await trio.lowlevel.checkpoint()
@@ -736,7 +730,7 @@ class Device:
     def _failure(self, error: Exception, verb: int | None) -> _errors.Failure:
         writing = verb not in (None, Verb.READ)
         failure = _errors.failure_of(error, writing=writing)
-        what = f"{type(self.handler).__name__}.{self._method(verb)}()"
+        what = f"{self._calls.name(verb)}()"
         if failure is not None:
             logger.warning("%s: %s failed: %s", self.name, what, error)
             return failure
@@ -886,8 +880,8 @@ class Device:
 
     def _keep(self, cmd: _native.Command, verb: int | None) -> None:
         logger.warning(
-            "%s: %s.%s() kept %d views of a command's data after it returned; their memory stays in use",
-            self.name, type(self.handler).__name__, self._method(verb), cmd.lent,
+            "%s: %s() kept %d views of a command's data after it returned; their memory stays in use",
+            self.name, self._calls.name(verb), cmd.lent,
         )  # fmt: skip
         if not self._reaping and self._nursery is not None:
             self._reaping = True
@@ -980,247 +974,3 @@ class Device:
         while self._ring.commit():
             for cmd in self._ring.ready():
                 cmd.fail(*_BUSY)
-
-
-def unit_for(handler: BlockHandler, *, serial: str, naa: bytes) -> _native.LogicalUnit:
-    """Describes a block handler to the emulation; read-only and capabilities by what is there."""
-    identity = handler.identity
-    return _native.LogicalUnit(
-        size=handler.size,
-        block_size=handler.block_size,
-        physical_block_size=handler.physical_block_size,
-        rotational=handler.rotational,
-        discard_granularity=handler.discard_granularity,
-        writable=has(handler, "write") and not handler.read_only,
-        flush=has(handler, "flush"),
-        native_fua=handler.native_fua,
-        discard=has(handler, "discard"),
-        discard_zeroes=handler.discard_zeroes,
-        write_zeroes=has(handler, "write_zeroes"),
-        extents=has(handler, "extents"),
-        max_atomic_write=handler.max_atomic_write,
-        removable=handler.removable,
-        vendor=identity.vendor,
-        product=identity.product,
-        revision=identity.revision,
-        serial=identity.serial if identity.serial is not None else serial,
-        naa=naa,
-    )
-
-
-async def serve_ring(
-    handler: Handler | Slot,
-    *,
-    memory: int,
-    event: int,
-    map_size: int,
-    name: str,
-    serial: str,
-    naa: bytes,
-    strict: bool = False,
-    grace: float = GRACE,
-    deadline: float = math.inf,
-    free_kept: Callable[[int], None] | None = None,
-    before_stop: Callable[[], None] | None = None,
-    begin: Callable[[_native.Ring, _native.LogicalUnit | None], Awaitable[None]] | None = None,
-    copy_domain: CopyDomain | None = None,
-    busy_poll: float = 0.0,
-    task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Serves a handler that is open on a ring that is there: the kernel's or the simulator's.
-
-    Args:
-        handler: The open handler, or the slot that holds it. Closing what is there in the end is the caller's.
-        memory: Descriptor to map. May be closed when the device has started.
-        event: Descriptor of the doorbell, non-blocking. May be closed when the device has started.
-        map_size: Bytes to map.
-        name: For the log.
-        serial: Unit serial number.
-        naa: The 16 bytes of the NAA-6 designator.
-        strict: Raise what a handler must not raise, instead of going on.
-        grace: Seconds for commands in flight when the device stops.
-        deadline: Seconds that a command may take: then it is cancelled, and answered as timed out.
-        free_kept: Tells the kernel that a kept buffer is free.
-        before_stop: Called in a thread when the device begins to stop, while commands in flight go on.
-        begin: Called before the first command is taken, for what goes on from another process.
-        copy_domain: The disks that initiators may copy from and to, beside this one itself.
-        busy_poll: Seconds that the device looks for the next command before it waits, at most (`_polling`).
-        task_status: Gets the `Device` once commands flow.
-
-    Resource handling: the ring is closed when this returns or raises; every command has been answered by then.
-
-    Raises:
-        DeviceError: The device went away, or its shared memory is corrupt.
-        ValueError: There is a disk of the same name in the copy domain.
-    """
-    slot = handler if isinstance(handler, Slot) else Slot(handler)
-    handler = slot.handler
-    check(handler)
-    unit = unit_for(handler, serial=serial, naa=naa) if isinstance(handler, BlockHandler) else None
-    ring = _native.Ring(
-        memory,
-        event,
-        map_size,
-        unit,
-        intercept=has(handler, "scsi_command"),
-        fills_reads=getattr(handler, "fills_reads", False),
-    )
-    if begin is not None:
-        try:
-            await begin(ring, unit)
-        except BaseException:
-            ring.close()
-            raise
-    device = Device(
-        slot,
-        ring,
-        name,
-        strict=strict,
-        grace=grace,
-        deadline=deadline,
-        free_kept=free_kept,
-        before_stop=before_stop,
-        naa=naa,
-        copy_domain=copy_domain,
-        busy_poll=busy_poll,
-    )
-    if copy_domain is None or unit is None:
-        with _files.USER:
-            await device.run(task_status)
-        return
-    try:
-        copy_domain._join(device, unit)
-    except BaseException:
-        ring.close()
-        raise
-    try:
-        with _files.USER:
-            await device.run(task_status)
-    finally:
-        copy_domain._leave(device, unit)
-
-
-def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:
-    """What other processes may ask of the server of some devices, over its control socket.
-
-    `statistics`: the key `devices` of the answer has a record for each device, or, with a key `name` in the request,
-    for that device alone, if it is served here.
-    """
-
-    async def statistics(request: _control.Message, channel: _control.Channel) -> dict[str, Any]:
-        name = request.body.get("name")
-        asked = [device for device in devices() if name in (None, device.name)]
-        return {
-            "devices": [
-                {"name": device.name, "handler": type(device.handler).__name__}
-                | _statistics.as_json(device.statistics())
-                for device in asked
-            ]
-        }
-
-    return {"statistics": statistics}
-
-
-def naa_of(serial: str) -> bytes:
-    """The NAA-6 designator that LIO itself derives from a unit serial number (`spc_gen_naa_6h_vendor_specific`).
-
-    Hexadecimal digits of the serial number behind the OUI 001405h, so that kernel and emulation name one disk alike.
-    """
-    digits = [digit for digit in serial if digit in "0123456789abcdefABCDEF"][:25]
-    return bytes.fromhex("6001405" + "".join(digits).ljust(25, "0"))
-
-
-def _action(uio: UioDevice, action: str, value: int) -> None:
-    with open(f"/sys/kernel/config/target/core/user_{uio.hba}/{uio.name}/action/{action}", "w") as file:  # noqa: PTH123
-        file.write(str(value))
-
-
-def _deadline_of(uio: UioDevice) -> float:
-    """Before the kernel's timer of the command: what it fails is not tried again, and what it aborts waits for us."""
-    path = f"/sys/kernel/config/target/core/user_{uio.hba}/{uio.name}/attrib/cmd_time_out"
-    try:
-        with open(path) as file:  # noqa: PTH123
-            seconds = int(file.read())
-    except (OSError, ValueError):
-        seconds = KERNEL_TIME_OUT
-    return seconds * 5 / 6 if seconds > 0 else math.inf
-
-
-async def serve_uio(
-    handler: Handler | Slot,
-    uio: UioDevice,
-    *,
-    name: str,
-    wwn: str,
-    claimed: int | None = None,
-    inherited: Inherited | None = None,
-    strict: bool = False,
-    grace: float = GRACE,
-    deadline: float | None = None,
-    before_stop: Callable[[], None] | None = None,
-    copy_domain: CopyDomain | None = None,
-    busy_poll: float = 0.0,
-    task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Serves an open handler on a device of this machine's kernel.
-
-    Args:
-        handler: As for `serve_ring`.
-        uio: The device; nobody else may have it open.
-        name: For the log.
-        wwn: The backstore's unit serial number.
-        claimed: The node, open already, of a device that is blocked and whose ring is empty (`_adoption.Claim.fence`).
-            It is unblocked when commands flow. The descriptor stays the caller's.
-        inherited: A device that another process hands over. Its descriptor stays the caller's.
-        strict: As for `serve_ring`.
-        grace: As for `serve_ring`.
-        deadline: As for `serve_ring`; None for five sixths of the time after which the kernel gives a command up.
-        before_stop: As for `serve_ring`.
-        copy_domain: As for `serve_ring`.
-        busy_poll: As for `serve_ring`.
-        task_status: As for `serve_ring`.
-
-    Raises:
-        OSError: The device cannot be opened; EBUSY if another process serves it.
-        DeviceError: The device went away, or its shared memory is corrupt.
-    """
-    if deadline is None:
-        deadline = await trio.to_thread.run_sync(_deadline_of, uio)
-    lent = inherited.fd if inherited is not None else claimed
-    fd = os.open(uio.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC) if lent is None else lent
-    free_kept = functools.partial(_action, uio, "free_kept_buf")
-    try:
-
-        async def serve(task_status: trio.TaskStatus[Device]) -> None:
-            await serve_ring(
-                handler,
-                memory=fd,
-                event=fd,
-                map_size=uio.map_size,
-                name=name,
-                serial=wwn,
-                naa=naa_of(wwn),
-                strict=strict,
-                grace=grace,
-                deadline=deadline,
-                free_kept=free_kept,
-                before_stop=before_stop,
-                begin=inherited.begin if inherited is not None else None,
-                copy_domain=copy_domain,
-                busy_poll=busy_poll,
-                task_status=task_status,
-            )
-
-        if lent is None:
-            await serve(task_status)
-            return
-        async with trio.open_nursery() as nursery:
-            device = await nursery.start(serve)
-            if inherited is None:
-                await trio.to_thread.run_sync(_action, uio, "block_dev", 0)
-            else:
-                nursery.start_soon(inherited.free_kept, free_kept)
-            task_status.started(device)
-    finally:
-        if lent is None:
-            os.close(fd)

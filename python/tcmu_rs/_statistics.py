@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -107,6 +108,7 @@ class DeviceStatistics:
         dispatch: From the fetch to the call of the handler.
         completion: From the handler's return to the doorbell.
         late: Commands that wait for longer than a second now, the oldest first.
+        storage: What the handler tells about its storage: see `Handler.statistics`.
     """
 
     commands: int
@@ -123,6 +125,7 @@ class DeviceStatistics:
     dispatch: Latency
     completion: Latency
     late: tuple[LateCommand, ...]
+    storage: Mapping[str, float]
 
 
 def _latency(summary: Any) -> Latency:
@@ -140,7 +143,13 @@ def _error(status: int, sense: tuple[int, int, int] | None) -> str:
 
 
 def record(
-    counted: Mapping[str, Any], *, in_flight: int, running: int, pending: int, late: tuple[LateCommand, ...]
+    counted: Mapping[str, Any],
+    *,
+    in_flight: int,
+    running: int,
+    pending: int,
+    late: tuple[LateCommand, ...],
+    storage: Mapping[str, float],
 ) -> DeviceStatistics:
     """Makes the record of what the native module has counted."""
     return DeviceStatistics(
@@ -160,7 +169,20 @@ def record(
         dispatch=_latency(counted["dispatch"]),
         completion=_latency(counted["completion"]),
         late=late,
+        storage=storage,
     )
+
+
+def numbers(told: Mapping[str, float]) -> Mapping[str, float]:
+    """What a handler tells, once it is known to be what it should be.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    for name, value in told.items():
+        if not isinstance(name, str) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise TypeError(f"{name!r}: {value!r} is no name and number")
+    return MappingProxyType(dict(told))
 
 
 def as_json(value: Any) -> Any:

@@ -176,6 +176,12 @@ def scsi_disk(address: str, *, sys_root: Path = SYS, dev_root: Path = DEV) -> Di
     return None
 
 
+def rescan(address: str, *, sys_root: Path = SYS) -> None:
+    """Has the kernel look for the size of the disk at a SCSI address; nothing if there is none (any more)."""
+    with suppress(FileNotFoundError):
+        (sys_root / "bus/scsi/devices" / address / "rescan").write_text("1")
+
+
 def why_unusable(disk: Disk, size: int) -> str | None:
     """Tells what a disk still lacks before programs can use it. May block for the length of a partition scan.
 

@@ -81,6 +81,9 @@ def describe(record: _Record) -> Iterator[str]:
             yield f"{stage.replace('_', ' ')}: {_latency(record[stage])}"
     for error, count in record["errors"].items():
         yield f"answered {error}: {count}"
+    # A server of an older version has none.
+    for number in record.get("storage", {}).items():
+        yield f"storage, {_number(*number)}"
     for late in record["late"]:
         yield _late(late)
 
@@ -101,6 +104,12 @@ def _seconds(seconds: float) -> str:
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns"
+
+
+def _number(name: str, value: float) -> str:
+    """What a handler tells, for people."""
+    text = _bytes(value) if name.endswith("_bytes") else f"{value:.12g}" if value == int(value) else f"{value:.2f}"
+    return f"{printable(name).removesuffix('_bytes').replace('_', ' ')}: {text}"
 
 
 def _bytes(count: float) -> str:
@@ -162,7 +171,7 @@ def _table(
     table = Table("NAME", "HANDLER", "PID", box=None, pad_edge=False)
     for column in ("READ/S", "WRITE/S", "READ", "WRITTEN", "WAIT", "HANDLER P50", "P99", "IN FLIGHT", "ERRORS", "LATE"):
         table.add_column(column, justify="right")
-    notes = []
+    notes: list[str] = []
     for pid, record in records:
         since, old = before.get((pid, str(record["name"])), (now, record))
         table.add_row(
@@ -176,7 +185,9 @@ def _table(
             str(sum(record["errors"].values())),
             str(len(record["late"])),
         )
-        notes += [escape(printable(f"{record['name']}: {_late(late)}")) for late in record["late"]]
+        told = [_number(*number) for number in record.get("storage", {}).items()]
+        below = [_late(late) for late in record["late"]] + ([", ".join(told)] if told else [])
+        notes += [escape(printable(f"{record['name']}: {line}")) for line in below]
     return Group(table, *notes, *map(escape, problems))
 
 

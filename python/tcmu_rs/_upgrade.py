@@ -52,9 +52,10 @@ _ENVIRONMENT = "TCMU_RS_HEIR"
 _STARTS_WITHIN = 60.0
 """Seconds for a successor to load. Devices are served meanwhile."""
 _QUIET_WITHIN = 5.0
-"""Seconds for commands in flight to end. Initiators wait meanwhile, and after 30 s lose patience."""
+"""Seconds for the commands in flight of all devices to end."""
 _OPENS_WITHIN = 15.0
-"""Seconds for a handler to close, and for the successor's to open."""
+"""Seconds for handlers to close, and then for the successor's to open, both together: with the quiet before they stay
+below the 30 s after which the kernel fails what waits in the ring, on a machine that is busy with other things, too."""
 _OFFERS_WITHIN = 5.0
 """Seconds for a server that has just begun to offer the verb."""
 
@@ -149,17 +150,17 @@ async def _negotiate(channel: Channel, devices: Mapping[str, Device], process: s
             hello = await _expect(channel, "version")
         if hello != VERSION:
             raise UpgradeError(f"the successor speaks version {hello} of the hand-over, this process {VERSION}")
+        until = trio.current_time() + _QUIET_WITHIN
         for device in devices.values():
             paused.append(device)
-            await device.pause(_QUIET_WITHIN)
-        for device in devices.values():
-            closed.append(device)
-            with _within(_OPENS_WITHIN, f"{device.name}: the handler did not close"):
+            await device.pause(max(until - trio.current_time(), 0))
+        with _within(_OPENS_WITHIN, "the handlers could not be closed and opened by the successor"):
+            for device in devices.values():
+                closed.append(device)
                 await device.handler.aclose()
-        for key, device in devices.items():
-            await channel.send({"device": key, **device.estate()}, [device.fileno()])
-        await channel.send({"end": len(devices)})
-        with _within(_OPENS_WITHIN, "the successor could not open its handlers"):
+            for key, device in devices.items():
+                await channel.send({"device": key, **device.estate()}, [device.fileno()])
+            await channel.send({"end": len(devices)})
             await _expect(channel, "ready")
         await channel.send({"go": True})
     except BaseException as error:

@@ -92,9 +92,9 @@ def test_another_device_is_not_adopted(image: Path, tmp_path: Path) -> None:
     assert f"left by a server of file:{image}, not of file:{other}" in said
     assert not other.exists()
     with image.open("r+b") as file:
-        file.truncate(SIZE * 2)
+        file.truncate(SIZE // 2)
     said = run("attach", f"file:{image}", "--name", "disk", code=1)
-    assert f"dev_size {SIZE}, not {SIZE * 2}" in said
+    assert f"left by a dead process with {SIZE} bytes, and the storage has {SIZE // 2}" in said
     with image.open("r+b") as file:
         file.truncate(SIZE)
     assert "hw_block_size 512, not 4096" in run(
@@ -104,11 +104,27 @@ def test_another_device_is_not_adopted(image: Path, tmp_path: Path) -> None:
     assert f"not {wwn}" in run("attach", f"file:{image}", "--name", "disk", "--wwn", wwn, code=1)
     said = run("attach", f"file:{image}", "--name", "disk", "--fabric", "iscsi", code=1)
     assert "offered as loopback naa." in said and "not as iscsi" in said
+    assert "left by a dead process with no options, not read-only" in run(
+        "attach", f"file:{image}", "--name", "disk", "--read-only", code=1
+    )
+    assert "with no options, not direct=off" in run(
+        "attach", f"file:{image}", "--name", "disk", "-o", "direct=off", code=1
+    )
     # Blocked since the first of them that was near enough: its initiators are told that it is busy.
     assert state_of("disk") == "blocked"
     server = Server(f"file:{image}", "--name", "disk")
     assert state_of("disk") == "serving"
     assert server.end() == 0
+
+
+def test_a_storage_that_was_deleted_is_not_created_anew(image: Path) -> None:
+    arguments = (f"file:{image}", "--name", "disk", "--create", "--size", str(SIZE))
+    killed(*arguments)
+    away = image.rename(image.with_suffix(".away"))
+    assert "there is no such file" in run("attach", *arguments, code=1)
+    assert not image.exists()
+    away.rename(image)
+    assert Server(*arguments).end() == 0
 
 
 def test_a_storage_that_has_gone_with_its_process_is_not_served_as_if_it_were_there() -> None:

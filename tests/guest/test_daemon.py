@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -118,6 +119,18 @@ def test_device_made_by_another_program_is_served(image: Path, replies: bool) ->
 def test_device_that_was_there_before_is_served(image: Path) -> None:
     with backstore("early", f"file/{image}") as store, daemon("file"), disk(store) as path:
         write(path, b"early")
+
+
+def test_a_lun_that_waits_for_its_first_server(image: Path) -> None:
+    with backstore("waits", f"file/{image}") as store, ThreadPoolExecutor(1) as pool:
+        exposing = pool.submit(_lio.expose_loopback, store)
+        with pytest.raises(TimeoutError):
+            exposing.result(timeout=1)
+        with daemon("file"):
+            exposure = exposing.result(timeout=60)
+            write(wait_for(lambda: path_of(exposure)), b"first")
+            _lio.withdraw(exposure)
+    assert image.read_bytes()[1 << 20 : (1 << 20) + 5] == b"first"
 
 
 def test_foreign_devices_are_left_alone(image: Path) -> None:

@@ -111,6 +111,38 @@ async def test_a_file_system_that_is_full(tmp_path: Path) -> None:
             assert initiator.holds(63)
 
 
+async def test_a_quota_that_is_used_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The image belongs to a user whose quota is smaller than the disk: xfs counts what root writes, too."""
+    user = "65000"
+    with tmpfs(tmp_path / "images", "512m") as images, loop(images / "xfs", 320 << 20) as device:
+        run("mkfs.xfs", "-q", device)
+        where = tmp_path / "mount"
+        where.mkdir()
+        run("mount", "-o", "uquota", device, str(where))
+        try:
+            image = where / "disk"
+            with image.open("wb") as file:
+                file.truncate(16 << 20)
+            os.chown(image, int(user), 0)
+            run("xfs_quota", "-x", "-c", f"limit -u bhard=1m {user}", str(where))
+            async with attached(FileHandler(image, direct=True, block_size=4096), "quota") as initiator:
+                errors = [await initiator.write(piece) for piece in range(32)]
+                assert errors[0] == 0
+                assert errors[-1] == errno.ENOSPC
+                assert set(errors) == {0, errno.ENOSPC}
+                assert "Disk quota exceeded" in caplog.text
+                # What is stored can be read and written again; and all can, when there is more.
+                assert await initiator.write(0) == 0
+                assert await initiator.read(0) == 0
+                assert initiator.holds(0)
+                await trio.to_thread.run_sync(run, "xfs_quota", "-x", "-c", f"limit -u bhard=16m {user}", str(where))
+                assert [await initiator.write(piece) for piece in range(32)] == [0] * 32
+                assert await initiator.read(31) == 0
+                assert initiator.holds(31)
+        finally:
+            run("umount", str(where))
+
+
 async def test_a_file_system_that_turns_read_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with tmpfs(tmp_path / "images", "64m") as images, loop(images / "ext4", 32 << 20) as device:
         run("mkfs.ext4", "-q", device)

@@ -13,7 +13,7 @@ __all__ = ["nothing_left"]
 
 
 @pytest.mark.guest(timeout=900)
-def test_nothing_is_lost_while_servers_are_killed_upgraded_and_swapped(tmp_path: Path) -> None:
+def test_nothing_is_lost_while_servers_are_killed_upgraded_resized_and_swapped(tmp_path: Path) -> None:
     report = soak(20, 5, tmp_path, seed=1)
     print(report)
     assert report.io_errors == []
@@ -21,5 +21,6 @@ def test_nothing_is_lost_while_servers_are_killed_upgraded_and_swapped(tmp_path:
     assert report.kills >= 5
     assert report.upgrades >= 1
     assert report.swaps >= 1
+    assert report.resizes >= 1
     assert report.trees >= 1
     assert report.probes > 0

@@ -15,7 +15,7 @@ import trio
 from .. import _errors
 from .._handler import Colour, ExtentState, check, colour_of, has
 from .._native import IoVec
-from .._runtime import naa_of, unit_for
+from .._service import naa_of, unit_for
 from ._simulated import SimulatedDisk, simulated
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ _RUBBISH = 0x5A
 """Fills memory before it is read into."""
 _MARGIN = 128 << 10
 """Bytes on each side of a change that must not change: more than handlers like to write at once."""
+
+_GROWTH = 1 << 20
+"""Bytes that a disk grows by: whole blocks and sectors of whatever is below."""
 
 
 class Obligation(Enum):
@@ -43,6 +46,7 @@ class Obligation(Enum):
     WRITE_ZEROES = "zeroes are what is read after write_zeroes()"
     DISCARD = "a discarded range can be read and written, and is zero if discard_zeroes says so"
     EXTENTS = "extents() speaks of whole blocks from the offset on, and knows what was written"
+    RESIZE = "set_size() moves the end of the disk, and what was cut off does not come back"
     CONCURRENCY = "as many commands as max_in_flight says may run at once"
     CANCEL = "a cancelled command leaves a disk that works"
     DURABLE = "what was flushed is there when the storage is opened again"
@@ -99,6 +103,7 @@ async def check_block_handler(
                 _check_zeroes,
                 _check_discard,
                 _check_extents,
+                _check_resize,
                 _check_concurrency,
                 _check_cancel,
             ):
@@ -385,6 +390,38 @@ async def _extents(disk: _Subject, offset: int, length: int) -> list[tuple[int, 
         if at == start:
             raise BrokenObligation(Obligation.EXTENTS, f"extents() says nothing of the block at {start}")
     return found
+
+
+async def _check_resize(disk: _Subject) -> None:
+    if not disk.has("set_size"):
+        return
+    small, large = disk.size, disk.size + _GROWTH
+    keeps = _bytes(1, disk.block)
+    await disk.write(small - disk.block, keeps)
+
+    async def resize(size: int) -> None:
+        await disk.call(Obligation.RESIZE, "set_size", size)
+        if disk.handler.size != size:
+            raise BrokenObligation(Obligation.RESIZE, f"size is {disk.handler.size} after set_size({size})")
+        found = await disk.read(small - disk.block, disk.block, Obligation.RESIZE)
+        disk.expect(Obligation.RESIZE, f"after set_size({size})", small - disk.block, found, keeps)
+
+    for _ in range(2):
+        try:
+            await resize(large)
+        except BrokenObligation as error:
+            if isinstance(error.__cause__, ValueError) and disk.handler.size == small:
+                # Others decide how large its storage is.
+                return
+            raise
+        new = await disk.read(small, _GROWTH, Obligation.RESIZE)
+        if disk.handler.discard_zeroes:
+            disk.expect(Obligation.RESIZE, f"in what is new after set_size({large})", small, new, bytes(_GROWTH))
+        data = _bytes(2, _GROWTH)
+        await disk.write(small, data, Obligation.RESIZE)
+        found = await disk.read(small, _GROWTH, Obligation.RESIZE)
+        disk.expect(Obligation.RESIZE, "after a write behind the old end", small, found, data)
+        await resize(small)
 
 
 async def _check_concurrency(disk: _Subject) -> None:

@@ -88,14 +88,16 @@ class Image:
     def zero(self, offset: int, length: int) -> None:
         """Stores zeroes, as far as it goes."""
         stop = min(offset + length, self.size)
-        while offset < stop:
-            number, start = divmod(offset, _CHUNK)
-            part = min(_CHUNK - start, stop - offset)
-            if part == _CHUNK:
+        if offset >= stop:
+            return
+        numbers = range(offset // _CHUNK, (stop - 1) // _CHUNK + 1)
+        # Of a size that only damage can make there are more chunks than anybody has time for.
+        for number in [number for number in self._chunks if number in numbers] if len(numbers) > 64 else numbers:
+            first, last = max(offset, number * _CHUNK), min(stop, (number + 1) * _CHUNK)
+            if last - first == _CHUNK:
                 self._chunks.pop(number, None)
             elif number in self._chunks:
-                self.write(offset, bytes(part))
-            offset += part
+                self.write(first, bytes(last - first))
 
     def resize(self, size: int) -> None:
         """Cuts it off, or adds zeroes."""

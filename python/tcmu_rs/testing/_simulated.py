@@ -14,7 +14,8 @@ import trio
 
 from .. import _errors, _native
 from .._domain import CopyDomain
-from .._runtime import GRACE, Device, serve_ring
+from .._runtime import GRACE, Device
+from .._service import serve_ring
 from .._slot import Slot
 
 if TYPE_CHECKING:

@@ -221,6 +221,7 @@ class Faulty(BlockHandler):
         self.can_discard = lower.can_discard
         self.can_write_zeroes = lower.can_write_zeroes
         self.can_extents = lower.can_extents
+        self.can_set_size = lower.can_set_size
 
     async def aclose(self) -> None:
         """Closes what is below."""
@@ -278,6 +279,11 @@ class Faulty(BlockHandler):
     async def extents(self, offset: int, length: int) -> Sequence[tuple[int, ExtentState]]:
         """Passes down: no rule is about it."""
         return await self._lower.extents(offset, length)
+
+    async def set_size(self, size: int) -> None:
+        """Passes down: no rule is about it."""
+        await self._lower.set_size(size)
+        self.size = self._lower.size
 
     async def _clear(self, verb: str, offset: int, length: int) -> None:
         call = self._lower.discard if verb == "discard" else self._lower.write_zeroes

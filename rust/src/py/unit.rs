@@ -13,7 +13,7 @@ impl From<LunError> for PyErr {
     }
 }
 
-/// A disk as its initiators see it; made by `tcmu_rs._runtime` from a block handler's attributes.
+/// A disk as its initiators see it; made by `tcmu_rs._service` from a block handler's attributes.
 #[pyclass(frozen, module = "tcmu_rs._native")]
 pub struct LogicalUnit {
     pub(super) unit: Arc<Unit>,
@@ -75,6 +75,22 @@ impl LogicalUnit {
     #[getter]
     fn size(&self) -> u64 {
         self.unit.size()
+    }
+
+    /// Changes the size, and has the next command tell it. Raises ValueError if it is not a size of a medium.
+    #[pyo3(signature = (size, /))]
+    fn set_size(&self, size: u64) -> PyResult<()> {
+        Ok(self.unit.set_size(size)?)
+    }
+
+    /// Has the next command tell that the size is not the one that initiators know.
+    fn announce_capacity(&self) {
+        self.unit.announce_capacity();
+    }
+
+    /// Has the next command tell that what initiators had set is forgotten.
+    fn announce_reset(&self) {
+        self.unit.announce_reset();
     }
 
     /// What initiators have set, for the unit that goes on in another process.

@@ -99,6 +99,7 @@ pub struct LogicalUnit {
     ejected: AtomicBool,
     removal_prevented: AtomicBool,
     capacity_changed: AtomicBool,
+    was_reset: AtomicBool,
     job: Arc<Job>,
     statistics: Statistics,
     copies: Arc<Copies>,
@@ -125,6 +126,7 @@ impl LogicalUnit {
             ejected: AtomicBool::new(false),
             removal_prevented: AtomicBool::new(false),
             capacity_changed: AtomicBool::new(false),
+            was_reset: AtomicBool::new(false),
             statistics: Statistics::default(),
             job: Arc::default(),
             copies: Arc::default(),
@@ -161,7 +163,7 @@ impl LogicalUnit {
         true
     }
 
-    const fn flags(&self) -> [(&'static str, &AtomicBool); 7] {
+    const fn flags(&self) -> [(&'static str, &AtomicBool); 8] {
         [
             ("write cache", &self.write_cache),
             ("descriptor sense", &self.descriptor_sense),
@@ -170,6 +172,7 @@ impl LogicalUnit {
             ("ejected", &self.ejected),
             ("removal prevented", &self.removal_prevented),
             ("capacity changed", &self.capacity_changed),
+            ("was reset", &self.was_reset),
         ]
     }
 
@@ -259,9 +262,21 @@ impl LogicalUnit {
     pub fn set_size(&self, bytes: u64) -> Result<(), LunError> {
         let blocks = self.geometry.blocks_of(bytes)?;
         if self.blocks.swap(blocks, Ordering::AcqRel) != blocks {
-            self.capacity_changed.store(true, Ordering::Release);
+            self.announce_capacity();
         }
         Ok(())
+    }
+
+    /// Has the next command tell that the size is another one (CAPACITY DATA HAS CHANGED): for a unit that has it from
+    /// the start, and takes the place of one that initiators know.
+    pub fn announce_capacity(&self) {
+        self.capacity_changed.store(true, Ordering::Release);
+    }
+
+    /// Has the next command tell that all is as after a power failure (DEVICE INTERNAL RESET): for a unit that takes the
+    /// place of one whose process has died, and does not know what initiators had set there.
+    pub fn announce_reset(&self) {
+        self.was_reset.store(true, Ordering::Release);
     }
 
     /// Whether writes may stay in a volatile cache (WCE).
@@ -329,12 +344,17 @@ impl LogicalUnit {
         }
     }
 
-    /// The unit attention condition, which is told once.
+    /// The unit attention condition, which is told once; a reset before others (SAM-5 5.14).
     pub(super) fn take_attention(&self) -> Option<Sense> {
         // A load first: nearly always there is nothing.
-        let changed = self.capacity_changed.load(Ordering::Relaxed)
-            && self.capacity_changed.swap(false, Ordering::AcqRel);
-        changed.then_some(Sense::CAPACITY_DATA_HAS_CHANGED)
+        let take = |flag: &AtomicBool| flag.load(Ordering::Relaxed) && flag.swap(false, Ordering::AcqRel);
+        if take(&self.was_reset) {
+            Some(Sense::DEVICE_INTERNAL_RESET)
+        } else if take(&self.capacity_changed) {
+            Some(Sense::CAPACITY_DATA_HAS_CHANGED)
+        } else {
+            None
+        }
     }
 
     /// What is counted.

@@ -202,6 +202,7 @@ impl Sense {
         MEDIUM_REMOVAL_PREVENTED = IllegalRequest, 0x53, 0x02;
         SAVING_PARAMETERS_NOT_SUPPORTED = IllegalRequest, 0x39, 0x00;
         POWER_ON = UnitAttention, 0x29, 0x01;
+        DEVICE_INTERNAL_RESET = UnitAttention, 0x29, 0x04;
         MODE_PARAMETERS_CHANGED = UnitAttention, 0x2a, 0x01;
         CAPACITY_DATA_HAS_CHANGED = UnitAttention, 0x2a, 0x09;
         WRITE_PROTECTED = DataProtect, 0x27, 0x00;

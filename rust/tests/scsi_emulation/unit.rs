@@ -97,6 +97,24 @@ fn a_new_capacity_is_told_once() {
 }
 
 #[test]
+fn a_unit_whose_process_has_died_tells_that_it_was_reset() {
+    let mut disk = Disk::new(16, ALL);
+    disk.lu.announce_capacity();
+    disk.lu.announce_reset();
+    assert_eq!(disk.read(&[0x12, 0, 0, 0, 36, 0], 36).len(), 36);
+    // The reset goes first, and the other is not lost behind it.
+    assert_check(disk.command(&[0; 6]), Sense::DEVICE_INTERNAL_RESET);
+    assert_check(disk.command(&[0; 6]), Sense::CAPACITY_DATA_HAS_CHANGED);
+    assert_good(disk.command(&[0; 6]));
+    // One that was not told yet goes on in another process.
+    disk.lu.announce_reset();
+    let state: Vec<_> = disk.lu.state().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    let mut heir = Disk::new(16, ALL);
+    assert!(heir.lu.restore(&state));
+    assert_check(heir.command(&[0; 6]), Sense::DEVICE_INTERNAL_RESET);
+}
+
+#[test]
 fn there_is_no_write_cache_without_flush() {
     let disk = Disk::new(8, Capabilities { flush: false, ..ALL });
     disk.lu.set_write_cache(true);
