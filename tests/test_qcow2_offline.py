@@ -14,7 +14,7 @@ import pytest
 import trio
 from click.testing import CliRunner
 
-from tcmu_rs import IoVec, Options, _control, _resize
+from tcmu_rs import IoVec, Options, _control, _resize, _top
 from tcmu_rs._cli import main
 from tcmu_rs._control import Message
 from tcmu_rs._service import verbs
@@ -189,6 +189,12 @@ async def test_the_command_asks_the_server(tmp_path: Path, monkeypatch: pytest.M
         await disk.write(0, b"x" * 4096)
         assert await run("create", f"qcow2:{path}", "one") == ""
         await disk.write(0, b"y" * 4096)
+        other = await nursery.start(
+            partial(_control.serve, {"upgrade": verbs(list)["resize"]}, directory=tmp_path / "run")
+        )
+        monkeypatch.setattr(_control, "sockets", lambda _: [other, socket])
+        (found,) = await _top._ask(1, None)
+        assert found["storage"]["commits"] >= 0
         assert "detach it first" in await run("apply", f"qcow2:{path}", "one")
         assert "there is no snapshot" in await run("delete", f"qcow2:{path}", "two")
         assert await disk.read(0, 4096) == b"y" * 4096
