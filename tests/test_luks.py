@@ -899,11 +899,15 @@ def attached(config: str, **extra: str) -> LuksHandler:
     )
 
 
-def test_create_with_several_key_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("short", [True, False])
+def test_create_with_several_key_files(tmp_path: Path, short: bool) -> None:
     path, first, second = tmp_path / "x.luks", tmp_path / "one", tmp_path / "two"
     first.write_bytes(b"one\n")
     second.write_bytes(os.urandom(4096))
-    create = ["create", f"luks:{path}", "--size", "1M", "-o", f"key-file={first}", "-o", f"key-file-2={second}"]
+    keys = ["--key-file", f"{first}", "--key-file", f"{second}"]
+    if not short:
+        keys = ["-o", f"key-file={first}", "-o", f"key-file-2={second}"]
+    create = ["create", f"luks:{path}", "--size", "1M", *keys]
     result = run(*create, "-o", "iter-time=1")
     assert (result.exit_code, result.output) == (0, "")
     assert path.stat().st_size == OFFSET + MIB
@@ -1068,6 +1072,22 @@ def test_a_daemon_asks_nobody_and_takes_no_descriptor(tmp_path: Path) -> None:
         LuksHandler.from_config(str(path), Options())
     with pytest.raises(ValueError, match="a passphrase-fd is for commands"):
         LuksHandler.from_config(str(path), Options(extra={"passphrase-fd": "0"}))
+
+
+def test_short_options_mean_the_long_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+
+    def from_config(config: str, options: Options) -> LuksHandler:
+        seen.append(dict(options.extra))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(LuksHandler, "from_config", from_config)
+    attach = ["attach", f"luks:{tmp_path}/x"]
+    assert run(*attach, "--key-file", "k", "--allow-discards").exit_code == 1
+    assert run(*attach, "--passphrase-fd", "7").exit_code == 1
+    assert seen == [{"key-file": "k", "allow-discards": "on"}, {"passphrase-fd": "7"}]
+    assert "-o key-file is given twice" in run(*attach, "--key-file", "k", "-o", "key-file=l").stderr
+    assert "knows no option key-file" in run("attach", "file:x", "--key-file", "k").stderr
 
 
 def test_create_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,7 @@ def main(debug: bool) -> None:
 
 def _handler_options(command: Callable[..., None]) -> Callable[..., None]:
     """Adds what every command that makes a handler takes."""
+    command = _with_keys(command)
     for option in (
         click.option(
             "--handler",
@@ -132,6 +133,18 @@ def _handler_options(command: Callable[..., None]) -> Callable[..., None]:
             help="An option of the handler.",
         ),
         click.option(
+            "--key-file",
+            "key_files",
+            multiple=True,
+            metavar="PATH",
+            help="Encrypted disks: the key, as -o key-file=PATH. To `create`, each gives a keyslot.",
+        ),
+        click.option(
+            "--passphrase-fd",
+            metavar="N",
+            help="Encrypted disks: the passphrase is the first line of this descriptor, as -o passphrase-fd=N.",
+        ),
+        click.option(
             "--block-size",
             type=click.Choice(["512", "4096"]),
             help="Bytes of a logical block.  [default: the handler's]",
@@ -140,6 +153,28 @@ def _handler_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def _with_keys(command: Callable[..., None]) -> Callable[..., None]:
+    """Has a command find the options for keys among those of the handler, which they are short for."""
+
+    @functools.wraps(command)
+    def run(
+        *,
+        extra: Sequence[tuple[str, str]],
+        key_files: Sequence[str],
+        passphrase_fd: str | None,
+        allow_discards: bool = False,
+        **rest: Any,
+    ) -> None:
+        named = [(f"key-file-{number}" if number > 1 else "key-file", path) for number, path in enumerate(key_files, 1)]
+        if passphrase_fd is not None:
+            named.append(("passphrase-fd", passphrase_fd))
+        if allow_discards:
+            named.append(("allow-discards", "on"))
+        command(extra=[*extra, *named], **rest)
+
+    return run
 
 
 def _find_class(name: str, handler_class: str | None) -> Any:
@@ -179,6 +214,12 @@ def _options(
 @click.option("--size", type=_size, metavar="SIZE", help="Size of the disk: bytes, or as in 512M, 10G.")
 @click.option("--create", is_flag=True, help="Create what the disk is stored in, if it is not there yet.")
 @click.option("--read-only", is_flag=True, help="Refuse writes.")
+@click.option(
+    "--allow-discards",
+    is_flag=True,
+    help="Encrypted disks: let discards free space, as -o allow-discards=on. Whoever sees the file then sees how much "
+    "of it is used, and where.",
+)
 @click.option("--name", help="Name of the device.  [default: from SPEC]")
 @click.option("--fabric", type=click.Choice(["loopback", "iscsi", "none"]), default="loopback", show_default=True)
 @click.option("--iqn", help="Name of the iSCSI target.  [default: computed]")
@@ -228,6 +269,7 @@ def attach(
     Examples:
       tcmu-rs attach file:/var/tmp/disk.img --size 10G --create
       tcmu-rs attach file:/var/tmp/disk.img --supervise
+      tcmu-rs attach luks:/var/tmp/disk.luks --key-file KEY
       tcmu-rs attach ram: --size 512M --name scratch --json
       tcmu-rs attach file:/dev/vdb --read-only --fabric iscsi
       tcmu-rs attach my:anything --handler my_module:MyDisk -o key=value
@@ -604,6 +646,7 @@ def create(
     \b
     Examples:
       tcmu-rs create file:/var/tmp/disk.img --size 10G
+      tcmu-rs create luks:/var/tmp/disk.luks --size 10G --key-file KEY --key-file SPARE
     """
     name, config = spec
     options = _options(size=size, create=True, read_only=False, block_size=block_size, extra=extra)
