@@ -31,7 +31,8 @@ LONGEST = {"spec": 600, "luks": 6000, "qcow2": 12000, "log": 300, "control": 200
 
 def command(target: str, *arguments: object) -> list[str]:
     """How the process that is fuzzed is started."""
-    return [sys.executable, "-m", "tests.fuzz.worker", target, *map(str, arguments)]
+    found = f"-artifact_prefix={FRESH}/findings/{target}-"
+    return [sys.executable, "-m", "tests.fuzz.worker", target, *LIMITS, found, *map(str, arguments)]
 
 
 def prepare(target: str) -> tuple[Path, Path]:
@@ -51,9 +52,8 @@ def fuzz(target: str, seconds: int) -> bool:
         if not any(kept.iterdir()) and not any(fresh.iterdir()):
             for number, seed in enumerate(load(target).seeds()):
                 (fresh / f"seed-{number}").write_bytes(seed)
-        found = f"-artifact_prefix={FRESH}/findings/{target}-"
         time = f"-max_total_time={seconds}"
-        arguments = [time, f"-max_len={LONGEST[target]}", "-print_final_stats=1", found, *LIMITS, fresh, kept]
+        arguments = [time, f"-max_len={LONGEST[target]}", "-print_final_stats=1", fresh, kept]
     log = FRESH / f"{target}.log"
     with log.open("wb") as file:
         done = subprocess.run(command(target, *arguments), cwd=ROOT, stdout=file, stderr=file, check=False)
@@ -77,7 +77,7 @@ def keep(target: str) -> None:
     fresh, kept = prepare(target)
     with tempfile.TemporaryDirectory() as name:
         small = Path(name)
-        merge = command(target, "-set_cover_merge=1", f"-max_len={LONGEST[target]}", *LIMITS, small, kept, fresh)
+        merge = command(target, "-set_cover_merge=1", f"-max_len={LONGEST[target]}", small, kept, fresh)
         subprocess.run(merge, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for finding in kept.glob("finding-*"):
             shutil.copy(finding, small)
