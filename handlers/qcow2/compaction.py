@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from .image import Image
-from .pages import Cold, Page
+from .pages import Page
 from .space import Space
 from .tables import COMPRESSED
 
@@ -119,12 +119,12 @@ class Compactor:
         for index in range(tables.l1_entries):
             if index % 64 == 0:
                 await trio.lowlevel.checkpoint()
-                await self._page((tables.l1_offset + index * 8) // self._pages.size)
+                await self._pages.fetch((tables.l1_offset + index * 8) // self._pages.size)
                 if self._is_busy():
                     return False
             table = tables.table(index)
             for at in range(0, 1 << self._bits if table else 0, self._pages.size):
-                page = await self._page((table + at) // self._pages.size)
+                page = await self._pages.fetch((table + at) // self._pages.size)
                 first = (index << tables.l2_bits) + at // self._pages.size * per_page
                 if any(page.data):
                     if not await self._empty_page(page, first, step, units):
@@ -133,13 +133,6 @@ class Compactor:
                 if self._is_busy():
                     return False
         return True
-
-    async def _page(self, number: int) -> Page:
-        while True:
-            try:
-                return self._pages.get(number, wait=False)
-            except Cold as cold:
-                await trio.to_thread.run_sync(cold.warm)
 
     async def _empty_page(self, page: Page, first: int, step: int, units: set[int]) -> bool:
         entries = array("Q", bytes(page.data))

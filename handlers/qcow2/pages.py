@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 
+import trio
+
 from .storage import Storage
 
 PAGE = 4096
@@ -95,6 +97,14 @@ class Pages:
             page = self._pages[number] = Page(data)
         page.used = True
         return page
+
+    async def fetch(self, number: int) -> Page:
+        """The page with a number; waits for it, if it has to be read."""
+        while True:
+            try:
+                return self.get(number, wait=False)
+            except Cold as cold:
+                await trio.to_thread.run_sync(cold.warm)
 
     def _evict(self) -> None:
         for _ in range(2 * len(self._pages)):

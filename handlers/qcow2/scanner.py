@@ -9,7 +9,7 @@ import trio
 
 from .changes import Changes
 from .image import Image
-from .pages import Cold, Page
+from .pages import Page
 from .snapshots import read_snapshots
 from .space import Space
 from .tables import COMPRESSED, OFFSET, Tables
@@ -53,7 +53,7 @@ class Scanner:
                     if closing.is_set():
                         return
                     stop = min(first + per_page, tables.l1_entries)
-                    page = await self._page((tables.l1_offset + first * 8) // self._pages.size)
+                    page = await self._pages.fetch((tables.l1_offset + first * 8) // self._pages.size)
                     # A table may claim to be much larger than its file.
                     for index in range(first, stop) if any(page.data) else ():
                         await self._count_table(tables, index)
@@ -74,16 +74,9 @@ class Scanner:
             await trio.lowlevel.checkpoint()
         self._space.end_scan()
 
-    async def _page(self, number: int) -> Page:
-        while True:
-            try:
-                return self._pages.get(number, wait=False)
-            except Cold as cold:
-                await trio.to_thread.run_sync(cold.warm)
-
     async def _count_table(self, tables: Tables, index: int) -> None:
         """Counts the sectors of what an L2 table names."""
-        await self._page((tables.l1_offset + index * 8) // self._pages.size)
+        await self._pages.fetch((tables.l1_offset + index * 8) // self._pages.size)
         table = tables.table(index)
         if not table:
             return
@@ -91,7 +84,7 @@ class Scanner:
         per_page = self._pages.size // 8 // step
         first = index << tables.l2_bits
         for at in range(0, 1 << self._bits, self._pages.size):
-            page = await self._page((table + at) // self._pages.size)
+            page = await self._pages.fetch((table + at) // self._pages.size)
             # Since this was read nobody else has done anything.
             if tables.table(index) != table:
                 self._count_table_again(tables, index, at, step)
