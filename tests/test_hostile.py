@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from tcmu_rs import Handler, Options, _cli, _devices, _lio, _registry, _sysfs
 from tcmu_rs._lio import LioError
 
+from .hostile import open_and_close
+
 # As the operating system has it: any bytes but NUL. And what Python can make of strings beside: NUL and surrogates.
 texts = st.binary(max_size=40).map(os.fsdecode) | st.text(max_size=40)
 words = st.sampled_from(
@@ -60,16 +62,8 @@ def test_configurations_of_handlers(nowhere: Path, name: str, config: str, asked
         assert str(error)
         return
 
-    async def open_and_close() -> None:
-        try:
-            await handler.open()
-        except (OSError, ValueError, TypeError) as error:
-            assert str(error)
-        else:
-            await handler.aclose()
-
     if name != "ram":
-        trio.run(open_and_close)
+        trio.run(open_and_close, handler)
 
 
 @quick

@@ -21,6 +21,8 @@ from tcmu_rs._lio import LioError
 from tcmu_rs._registry import RegistryError
 from tcmu_rs.testing.faults import parse_rules
 
+from ..hostile import open_and_close
+
 _registry.providers = functools.cache(_registry.providers)
 for _name in _registry.providers():
     _registry.load(_name)
@@ -60,18 +62,8 @@ def handlers(name: str, config: str, words: list[str]) -> None:
     kind = _registry.load(name)
     by = (OSError, ValueError, LookupError, LioError)
     handler = refused(kind.from_config, config, Options(size=len(config) << 9 or None, extra=extra), by=by)
-    if handler is None or name not in OPEN:
-        return
-
-    async def use() -> None:
-        try:
-            await handler.open()
-        except (OSError, ValueError, TypeError) as error:
-            assert str(error)
-        else:
-            await handler.aclose()
-
-    trio.run(use)
+    if handler is not None and name in OPEN:
+        trio.run(open_and_close, handler)
 
 
 def one_input(data: bytes) -> None:
