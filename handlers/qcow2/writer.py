@@ -340,7 +340,7 @@ class Writer:
         while True:
             self._check()
             dirty = len(self._pages.dirty) * self._pages.size
-            if dirty + self._promised + worst <= log.half_size // 2:
+            if min(dirty + self._promised + worst, self._all_metadata()) <= log.half_size // 2:
                 return
             if not dirty:
                 if not self._promised:
@@ -694,9 +694,10 @@ class Writer:
         """Bytes of all tables that the map can have, at most."""
         tables = self._image.tables
         l2 = (self._image.size >> self._bits << tables.entry_bits) + 2 * self._cluster_size
-        hosts = (self._space.end >> self._bits) + (2 * _BATCH >> self._bits) + 64
+        # What several that destage at once, and one that writes, may add to the file meanwhile.
+        hosts = (self._space.end >> self._bits) + (16 * _BATCH >> self._bits) + 64
         refcounts = (hosts << self._header.refcount_order >> 3) + 2 * self._cluster_size
-        return l2 + refcounts + 4 * self._cluster_size + 8 * self._pages.size
+        return 8 * tables.l1_entries + l2 + refcounts + 4 * self._cluster_size + 8 * self._pages.size
 
     def _settle(self, jobs: Sequence[Job]) -> None:
         """The data is written: the map may say so."""
