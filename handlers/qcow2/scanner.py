@@ -118,7 +118,7 @@ class Scanner:
         """Looks at the refcounts of some clusters."""
         refcounts, pending = self._changes.refcounts, self._changes.pending
         log = self._image.log_range
-        offset, stop = first << self._bits, min((first + _CLUSTERS_AT_ONCE) << self._bits, self._stop)
+        offset, stop = first << self._bits, min(first + _CLUSTERS_AT_ONCE, self._stop >> self._bits) << self._bits
         while (offset := self._space.skip(offset, stop)) < stop:
             used = offset in pending or log[0] <= offset < log[1] or refcounts.get(offset >> self._bits) > 0
             self._space.walk(offset, used=used)
