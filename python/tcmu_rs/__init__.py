@@ -6,6 +6,7 @@ from ._domain import CopyDomain
 from ._errors import (
     Busy,
     CopyError,
+    DamagedFrameError,
     DeviceError,
     DeviceRemovedError,
     HardwareError,
@@ -50,6 +51,7 @@ __all__ = [
     "Command",
     "CopyDomain",
     "CopyError",
+    "DamagedFrameError",
     "Device",
     "DeviceError",
     "DeviceRemovedError",
