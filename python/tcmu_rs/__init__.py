@@ -17,6 +17,7 @@ from ._errors import (
     OutOfSpace,
     RingCorruptError,
     ScsiError,
+    TransferCancelled,
     WriteProtected,
 )
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
@@ -73,6 +74,7 @@ __all__ = [
     "RingCorruptError",
     "ScsiError",
     "Transfer",
+    "TransferCancelled",
     "VerbStatistics",
     "WriteProtected",
     "ZstdFrames",

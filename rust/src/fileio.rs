@@ -92,6 +92,18 @@ impl<M: Memory> Transfer<M> {
         &self.memory
     }
 
+    /// Whether it may be that all it takes is a copy, from the page cache or to it: a thread can do that as well.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn is_copy(&mut self) -> io::Result<bool> {
+        let buffered = matches!(self.operation, Operation::Read | Operation::Write { durable: false });
+        if buffered {
+            self.direct = syscall::is_direct(self.fd)?;
+        }
+        Ok(buffered && !self.direct)
+    }
+
     /// Does what can be done without waiting for storage. Returns whether it is over.
     ///
     /// That is what the page cache has or takes (`RWF_NOWAIT`). Around the page cache the flag does not help: the call
