@@ -77,6 +77,7 @@ class Qcow2Handler(BlockHandler):
     _cluster_size = 64 << 10
 
     max_in_flight = 32
+    taskless = ("read",)
     fills_reads = True
     discard_zeroes = True
 

@@ -18,6 +18,7 @@ from ._errors import (
     OutOfSpace,
     RingCorruptError,
     ScsiError,
+    TransferCancelled,
     WriteProtected,
 )
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
@@ -75,6 +76,7 @@ __all__ = [
     "RingCorruptError",
     "ScsiError",
     "Transfer",
+    "TransferCancelled",
     "VerbStatistics",
     "WriteProtected",
     "ZstdFrames",

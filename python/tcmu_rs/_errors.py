@@ -28,6 +28,10 @@ class RingCorruptError(DeviceError):
     """The shared memory holds what no kernel writes; it is not touched any more."""
 
 
+class TransferCancelled(BaseException):
+    """The command of a taskless method was aborted while it awaited a transfer: let it through, as `trio.Cancelled`."""
+
+
 class CopyError(Exception):
     """A copy of a disk has failed; the text says where and why, and its cause is what was raised there."""
 

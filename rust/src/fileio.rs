@@ -94,6 +94,18 @@ impl<M: Memory> Transfer<M> {
         &self.memory
     }
 
+    /// Whether it may be that all it takes is a copy, from the page cache or to it: a thread can do that as well.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn is_copy(&mut self) -> io::Result<bool> {
+        let buffered = matches!(self.operation, Operation::Read | Operation::Write { durable: false });
+        if buffered {
+            self.direct = syscall::is_direct(self.fd)?;
+        }
+        Ok(buffered && !self.direct)
+    }
+
     /// Does what can be done without waiting for storage. Returns whether it is over.
     ///
     /// That is what the page cache has or takes (`RWF_NOWAIT`). Around the page cache the flag does not help: the call
@@ -273,6 +285,17 @@ impl<M: Memory> Work<M> {
         match self {
             Self::Transfer(transfer) => transfer.length(),
             Self::Unpacking(unpacking) => unpacking.weight(),
+        }
+    }
+
+    /// Whether it may be that a thread can do it as well as an attempt: see [`Transfer::is_copy`].
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn suits_a_thread(&mut self) -> io::Result<bool> {
+        match self {
+            Self::Transfer(transfer) => transfer.is_copy(),
+            Self::Unpacking(_) => Ok(true),
         }
     }
 
