@@ -51,6 +51,7 @@ class FileHandler(BlockHandler):
     max_in_flight = 32
     persistent = True
     native_fua = True
+    taskless = ("read", "write", "flush")
     fills_reads = True
     discard_zeroes = True
 

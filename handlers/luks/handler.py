@@ -321,6 +321,7 @@ class LuksHandler(BlockHandler):
         self.rotational = lower.handler.rotational
         self.max_in_flight = lower.max_in_flight
         self.fills_reads = lower.fills_reads
+        self.taskless = lower.taskless
         self.can_flush = lower.has_cache
         self.can_discard = self._allow_discards and lower.can_discard
         self.discard_granularity = max(unit, lower.handler.discard_granularity)

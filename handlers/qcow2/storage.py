@@ -85,6 +85,10 @@ class Storage:
         """Lets go of the file."""
         os.close(self._fd)
 
+    def fileno(self) -> int:
+        """The descriptor, for what reads by itself."""
+        return self._fd
+
     @property
     def size(self) -> int:
         """Bytes of the file."""

@@ -6,6 +6,7 @@ from ._domain import CopyDomain
 from ._errors import (
     Busy,
     CopyError,
+    DamagedFrameError,
     DeviceError,
     DeviceRemovedError,
     HardwareError,
@@ -17,6 +18,7 @@ from ._errors import (
     OutOfSpace,
     RingCorruptError,
     ScsiError,
+    TransferCancelled,
     WriteProtected,
 )
 from ._handler import BlockHandler, ExtentState, Handler, Identity, Options, blocking
@@ -50,6 +52,7 @@ __all__ = [
     "Command",
     "CopyDomain",
     "CopyError",
+    "DamagedFrameError",
     "Device",
     "DeviceError",
     "DeviceRemovedError",
@@ -73,6 +76,7 @@ __all__ = [
     "RingCorruptError",
     "ScsiError",
     "Transfer",
+    "TransferCancelled",
     "VerbStatistics",
     "WriteProtected",
     "ZstdFrames",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from . import _native
+from . import _files, _native
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, colour_of, has
 
 if TYPE_CHECKING:
@@ -33,19 +33,26 @@ class Calls:
         handler: The handler.
         overseer: Is told which thread works for a command.
         start_copy: Begins a copy that a handler has left to the emulation.
+        wake: Called when `methods` has something to resume.
 
     Attributes:
-        methods: Those that `Command.run` calls by itself.
+        methods: Those that `Command.run` calls by itself, and the commands that wait in them for a transfer.
         limiter: For the threads of `@blocking` methods.
     """
 
-    def __init__(self, handler: Handler, overseer: Overseer, start_copy: Callable[[_native.Command], None]) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        overseer: Overseer,
+        start_copy: Callable[[_native.Command], None],
+        wake: Callable[[], None],
+    ) -> None:
         self.limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._handler = handler
         self._overseer = overseer
         self._start_copy = start_copy
         self._calls = self._find_calls()
-        self.methods = self._find_methods()
+        self.methods = self._find_methods(wake)
 
     def has(self, verb: int | None) -> bool:
         """Whether there is a method for it."""
@@ -92,18 +99,18 @@ class Calls:
                 calls[int(verb)] = self._colour(verb, name, finish, fua=verb == Verb.WRITE and handler.native_fua)
         return calls
 
-    def _find_methods(self) -> _native.Methods:
+    def _find_methods(self, wake: Callable[[], None]) -> _native.Methods:
         handler = self._handler
-        found: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, bool]] = {}
+        found: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, bool, bool]] = {}
         if isinstance(handler, BlockHandler):
-            for verb in (Verb.READ, Verb.WRITE):
+            for verb in (Verb.READ, Verb.WRITE, Verb.FLUSH):
                 name = METHODS[verb]
                 if has(handler, name) and (colour := colour_of(getattr(handler, name))) is not Colour.BLOCKING:
                     method, durable = getattr(handler, name), None
                     if verb == Verb.WRITE and handler.native_fua:
                         method, durable = functools.partial(method, fua=False), functools.partial(method, fua=True)
-                    found[name] = method, durable, colour is Colour.ASYNC
-        return _native.Methods(self.check_result, **found)
+                    found[name] = method, durable, colour is Colour.ASYNC, name in handler.taskless
+        return _native.Methods(_files.queue(), wake, self.check_result, **found)
 
     def _colour(self, verb: Verb | None, name: str, finish: _Finish | None, *, fua: bool = False) -> _Call:
         method: Callable[..., Any] = getattr(self._handler, name)

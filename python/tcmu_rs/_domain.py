@@ -91,7 +91,7 @@ class Piece:
         """The verb."""
         return self.verb
 
-    def run(self, methods: object) -> Any:
+    def run(self, methods: object, more: bool = False) -> Any:
         """Needs more than a call."""
         return NotImplemented
 

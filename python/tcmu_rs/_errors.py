@@ -28,8 +28,24 @@ class RingCorruptError(DeviceError):
     """The shared memory holds what no kernel writes; it is not touched any more."""
 
 
+class TransferCancelled(BaseException):
+    """The command of a taskless method was aborted while it awaited a transfer: let it through, as `trio.Cancelled`."""
+
+
 class CopyError(Exception):
     """A copy of a disk has failed; the text says where and why, and its cause is what was raised there."""
+
+
+class DamagedFrameError(OSError):
+    """A frame that `ZstdFrames.read_from` has read is damaged, cut off or not of a unit (EIO).
+
+    Attributes:
+        number: Which one, from 0.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(errno.EIO, message)
+        self.number = number
 
 
 class Failure(NamedTuple):

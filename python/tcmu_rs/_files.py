@@ -1,8 +1,8 @@
 """Transfers between files and memory: what the page cache cannot do at once.
 
 There is one queue for all devices that a run of trio serves. It lives as long as one of them is served, or a transfer
-is under way; a system task waits for what is over, and wakes up who waits for that. What is started in one pass of the
-loop begins together, in the next.
+is under way; a system task waits for what is over, and wakes up who waits for that: a task, or the device of a command
+that waits without one. What is started in one pass of the loop begins together, in the next.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Queue:
 
     def __init__(self, queue: _native.FileQueue) -> None:
         self.users = 0
-        self._queue = queue
+        self.queue = queue
         self._waiting: dict[int, trio.lowlevel.Task] = {}
         self._errors: dict[int, OSError] = {}
         self._closed = False
@@ -38,14 +38,14 @@ class _Queue:
 
         One that is cancelled is asked to end early, and waited for. If it ends well all the same, so be it.
         """
-        ticket = self._queue.start(transfer)
+        ticket = self.queue.start(transfer)
         self._waiting[ticket] = trio.lowlevel.current_task()
         cancelled: Callable[[], NoReturn] | None = None
 
         def abort(raise_cancel: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
             nonlocal cancelled
             cancelled = raise_cancel
-            self._queue.cancel(ticket)
+            self.queue.cancel(ticket)
             return trio.lowlevel.Abort.FAILED
 
         try:
@@ -68,7 +68,7 @@ class _Queue:
         with trio.CancelScope(shield=True):
             while not self._closed:
                 try:
-                    await trio.lowlevel.wait_readable(self._queue.fileno())
+                    await trio.lowlevel.wait_readable(self.queue.fileno())
                 except trio.ClosedResourceError:
                     return
                 self._take()
@@ -76,7 +76,7 @@ class _Queue:
     def _take(self) -> None:
         over: list[tuple[int, OSError | None]]
         try:
-            over = self._queue.finish()
+            over = self.queue.finish()
         except OSError as broken:
             # Only a defect can do that. Its memory stays lent.
             over = [(ticket, broken) for ticket in self._waiting]
@@ -90,13 +90,13 @@ class _Queue:
 
     def close_if_unused(self) -> None:
         """Gives everything back, if nobody has a use for it."""
-        if self.users or self._waiting or self._closed:
+        if self.users or self._waiting or self.queue.waiting or self._closed:
             return
         self._closed = True
         _current.set(None)
-        trio.lowlevel.notify_closing(self._queue.fileno())
+        trio.lowlevel.notify_closing(self.queue.fileno())
         # Waits for transfers that nobody waits for.
-        self._queue.close()
+        self.queue.close()
 
 
 _current: trio.lowlevel.RunVar[_Queue | None] = trio.lowlevel.RunVar("tcmu_rs files", None)
@@ -142,6 +142,11 @@ class _User:
 
 
 USER = _User()
+
+
+def queue() -> _native.FileQueue:
+    """The queue, for who is a `USER`."""
+    return _open().queue
 
 
 @trio.lowlevel.enable_ki_protection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from types import MappingProxyType, TracebackType
@@ -225,6 +225,10 @@ class BlockHandler(Handler):
         rotational: Whether nearby blocks are cheaper than distant ones.
         removable: Whether initiators may eject the disk, and load it again.
         native_fua: `write` has the keyword `fua`.
+        taskless: Those of `read`, `write` and `flush` that hold nothing of trio's (no lock, no cancel scope, no
+            nursery) while they await a transfer: `read_from`, `write_to`, `fdatasync`, `fallocate`. They may go on in
+            another task than they were called in, which costs a fraction of waiting in one. What an abort raises in
+            them then is `TransferCancelled`, not `trio.Cancelled`.
         fills_reads: `read` promises to have written every byte of `iov` if it returns. Without the promise the memory
             is zeroed before a view of it is taken.
         can_discard: Refines the presence of `discard`.
@@ -244,6 +248,7 @@ class BlockHandler(Handler):
     rotational: bool = False
     removable: bool = False
     native_fua: bool = False
+    taskless: Collection[str] = ()
     fills_reads: bool = False
     can_discard: bool = True
     can_write_zeroes: bool = True
@@ -329,6 +334,9 @@ def check(handler: Handler) -> None:
     required = "read" if isinstance(handler, BlockHandler) else "command"
     if not has(handler, required):
         raise TypeError(f"{name} has no method {required}()")
+    for method in getattr(handler, "taskless", ()):
+        if method not in ("read", "write", "flush"):
+            raise ValueError(f"{name}.taskless names {method!r}; it is about read, write and flush")
     if handler.max_in_flight < 1:
         raise ValueError(f"{name}.max_in_flight is {handler.max_in_flight}; at least one command has to run")
     size, block_size = getattr(handler, "size", None), handler.block_size

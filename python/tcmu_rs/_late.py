@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
@@ -27,8 +27,20 @@ logger = logging.getLogger("tcmu_rs")
 SWEEP = 1.0
 """Seconds between two looks."""
 
-Suspended = tuple[trio.CancelScope, "_native.Command", str, "Coroutine[Any, Any, Any] | None"]
-"""A command in its handler: the scope that ends it, the command, `Class.method`, its coroutine."""
+
+class Cancellable(Protocol):
+    """What ends a command: a `trio.CancelScope`, or the transfer that it waits for."""
+
+    def cancel(self) -> None:
+        """Asks for the end."""
+
+    @property
+    def cancel_called(self) -> bool:
+        """Whether that was done."""
+
+
+Suspended = tuple[Cancellable, "_native.Command", str, "Coroutine[Any, Any, Any] | None"]
+"""A command in its handler: what ends it, the command, `Class.method`, its coroutine."""
 
 
 class Overseer:
@@ -37,7 +49,7 @@ class Overseer:
     Args:
         name: Of the device, for the log.
         deadline: Seconds that a command may take.
-        suspended: The commands in their handlers, by whatever.
+        suspended: The commands in their handlers.
         waiting: The commands that wait for their turn.
         turn_away: Answers some of those, for initiators to send them again.
     """
@@ -46,7 +58,7 @@ class Overseer:
         self,
         name: str,
         deadline: float,
-        suspended: Mapping[int, Suspended],
+        suspended: Callable[[], list[Suspended]],
         waiting: Callable[[], list[_native.Command]],
         turn_away: Callable[[list[_native.Command]], None],
     ) -> None:
@@ -96,7 +108,7 @@ class Overseer:
                 self._where(cmd, coroutine),
                 scope.cancel_called,
             )
-            for scope, cmd, method, coroutine in self._suspended.values()
+            for scope, cmd, method, coroutine in self._suspended()
             if cmd.age > LATE * 1e9
         ]
         return tuple(sorted(found, key=lambda command: -command.age))
@@ -106,10 +118,10 @@ class Overseer:
         since: dict[_native.Command, float] = {}
         interval = min(SWEEP, self._deadline / 4)
         previous = trio.current_time()
-        while self._suspended or self._waiting():
+        while self._suspended() or self._waiting():
             await trio.sleep(interval)
             now = trio.current_time()
-            suspended = [item for item in self._suspended.values() if not item[1].answered]
+            suspended = [item for item in self._suspended() if not item[1].answered]
             waiting = self._waiting()
             since = {cmd: since.get(cmd, previous) for cmd in (*(item[1] for item in suspended), *waiting)}
             previous = now

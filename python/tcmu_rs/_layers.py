@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ class Lower:
         can_set_size: `set_size` works.
         discard_zeroes: What was discarded reads as zeroes.
         fills_reads: `read` promises to write every byte.
+        taskless: Which of `read`, `write` and `flush` may go on in another task (`BlockHandler.taskless`): a method of
+            the layer may, too, if it awaits these and holds nothing of trio's meanwhile.
     """
 
     size: int
@@ -68,6 +70,7 @@ class Lower:
     can_set_size: bool
     discard_zeroes: bool
     fills_reads: bool
+    taskless: Collection[str]
 
     read: Callable[[int, IoVec], Awaitable[None]]
     """Fills the `IoVec` from a byte offset on."""
@@ -112,6 +115,13 @@ class Lower:
         self.can_set_size = has(handler, "set_size")
         self.discard_zeroes = handler.discard_zeroes
         self.fills_reads = handler.fills_reads
+        # Those that are no `async def` await no transfer.
+        self.taskless = [
+            name
+            for name in ("read", "write", "flush")
+            if name in handler.taskless
+            or not (has(handler, name) and colour_of(getattr(handler, name)) is Colour.ASYNC)
+        ]
         self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self.read = self._awaitable("read")
         self.discard = self._awaitable("discard")

@@ -153,8 +153,8 @@ class Device:
         self._pending: deque[_native.Command] = deque()
         self._idle: list[trio.lowlevel.Task] = []
         self._suspended: dict[int, Suspended] = {}
-        self._overseer = Overseer(name, deadline, self._suspended, self._waiting, self._turn_away_late)
-        self._calls = Calls(handler, self._overseer, self._start_copy)
+        self._overseer = Overseer(name, deadline, self._all_suspended, self._waiting, self._turn_away_late)
+        self._calls = self._calls_of(handler)
         self._workers = 0
         self._running = 0
         self._pumping = False
@@ -171,6 +171,7 @@ class Device:
         self._nursery: trio.Nursery | None = None
         self._stop_requested = trio.Event()
         self._resumed: trio.Event | None = None
+        self._last_call: trio.Event | None = None
 
     def __repr__(self) -> str:
         return f"<tcmu_rs.Device {self.name!r}, {self.size} bytes, served by {type(self.handler).__name__}>"
@@ -180,7 +181,7 @@ class Device:
         return _statistics.record(
             self._ring.statistics(),
             in_flight=self._ring.in_flight,
-            running=self._running,
+            running=self._in_handlers,
             pending=len(self._waiting()),
             late=self._overseer.late(),
             storage=self._storage_statistics(),
@@ -246,7 +247,7 @@ class Device:
 
     def _is_working(self) -> bool:
         waiting = self._pending or self._waiting_pieces or self._dirty
-        return bool(self._running or self._copies or waiting or self._ring.quiescent_at() is None)
+        return bool(self._in_handlers or self._copies or waiting or self._ring.quiescent_at() is None)
 
     def estate(self) -> dict[str, Any]:
         """What another process needs to go on with the ring of a paused device, beside the descriptor."""
@@ -411,7 +412,7 @@ class Device:
     def _is_quiet(self) -> bool:
         if self._stopping:
             raise _errors.DeviceError(f"{self.name} ended")
-        if self._running or self._copies or self._pending or self._waiting_pieces:
+        if self._in_handlers or self._copies or self._pending or self._waiting_pieces:
             return False
         self._commit()
         return not self._pending and self._ring.in_flight == len(self._parked or ())
@@ -430,7 +431,7 @@ class Device:
         if handler is not self.handler:
             self.handler = handler
             self._max_in_flight = handler.max_in_flight
-            self._calls = Calls(handler, self._overseer, self._start_copy)
+            self._calls = self._calls_of(handler)
             intercept = has(handler, "scsi_command")
             self._ring.serve_another(intercept=intercept, fills_reads=getattr(handler, "fills_reads", False))
         whole = self._calls.has(None)
@@ -455,7 +456,7 @@ class Device:
     async def _worker(self) -> None:
         try:
             with self._first_device_error():
-                while not self._stopping:
+                while self._has_work:
                     with trio.CancelScope() as scope:
                         await self._work(scope)
                 # Nobody comes to hand this back while other commands use up the grace period.
@@ -473,12 +474,18 @@ class Device:
                 self._broken = self._stopping = True
                 raise
 
+    @property
+    def _has_work(self) -> bool:
+        """Whether workers are needed: in the end until nothing waits for a transfer."""
+        return not self._stopping or self._calls.methods.waiting > 0
+
     async def _work(self, scope: trio.CancelScope) -> None:
         """Runs commands and watches the ring until the scope is spent on an aborted command, or the device stops."""
         waited = False
-        while not self._stopping:
-            if self._pending and self._running < self._max_in_flight:
-                if (begun := self._run_at_once()) is not None:
+        while self._has_work:
+            may_begin = self._pending and not self._stopping and self._in_handlers < self._max_in_flight
+            if may_begin or self._calls.methods.over:
+                if (begun := self._run_at_once(scope)) is not None:
                     await self._run(*begun, scope)
                     # What nobody runs in is not cancelled by others.
                     if scope.cancel_called:
@@ -499,10 +506,10 @@ class Device:
                 # Commands may have waited for those that are answered now.
                 continue
             waited = False
-            if not self._pumping:
-                await self._pump()
-            else:
+            if self._pumping or self._stopping:
                 await self._park()
+            else:
+                await self._pump()
 
     async def _pump(self) -> None:
         """Waits for the ring and takes a batch."""
@@ -516,7 +523,7 @@ class Device:
                 taken = self._taken
             elif self._ring.pending():
                 await trio.lowlevel.checkpoint()
-            elif self._polling is None or self._running:
+            elif self._polling is None or self._in_handlers:
                 # What handlers wait for comes by way of the event loop.
                 await trio.lowlevel.wait_readable(self._ring.fileno())
             else:
@@ -554,7 +561,7 @@ class Device:
 
     def _call_workers(self) -> None:
         """A command has suspended: sees to it that somebody goes on with what waits, and with the ring."""
-        room = min(len(self._pending), self._max_in_flight - self._running)
+        room = min(len(self._pending), self._max_in_flight - self._in_handlers) + self._calls.methods.over
         # Two, four, and so on: a batch of suspending commands is under way after a few passes of the loop, and the next
         # one after two.
         wanted = min(self._calling, room) or int(self._dirty or not self._pumping)
@@ -573,31 +580,79 @@ class Device:
             self._workers += 1
             self._nursery.start_soon(self._worker, name=f"<tcmu_rs worker of {self.name}>")
 
-    def _run_at_once(self) -> tuple[_native.Command, _Begun] | None:
-        """Runs what waits, one command after the other, as long as a call is all that they need.
+    def _resume(self, scope: trio.CancelScope) -> tuple[_native.Command, _Begun] | None:
+        """Goes on with commands whose transfers are over, as `_run_at_once`; cancels the scope for one that was."""
+        self._dirty = True
+        while (resumed := self._calls.methods.resume()) is not None:
+            cmd, begun, cancelled = resumed
+            if isinstance(begun, int):
+                self._keep(cmd, begun)
+                continue
+            if cancelled:
+                scope.cancel()
+            return cmd, None if begun is NotImplemented else cast("_Begun", begun)
+        if self._stopping or self._quiet is not None:
+            self._is_idle()
+        return None
+
+    def _run_at_once(self, scope: trio.CancelScope) -> tuple[_native.Command, _Begun] | None:
+        """Runs what waits, one command after the other, as long as a call or a transfer is all that they need.
 
         Returns the first one that needs more, and how far it is.
         """
-        self._dirty = True
+        if (resumed := self._resume(scope)) is not None:
+            return resumed
         pending, methods = self._pending, self._calls.methods
-        while pending:
+        room = 0 if self._stopping else self._max_in_flight - self._in_handlers
+        while pending and room > 0:
             cmd = pending.popleft()
             try:
-                begun = cmd.run(methods)
+                begun = cmd.run(methods, bool(pending))
             except BaseException as error:
                 return cmd, error
             if begun is None:
+                continue
+            if begun is Ellipsis:
+                room -= 1
                 continue
             if begun is NotImplemented:
                 return cmd, None
             if isinstance(begun, tuple):
                 return cmd, begun
             self._keep(cmd, begun)
-        # None of them has suspended: one worker at a time is enough again.
+        # None of them needs a task: one worker at a time is enough again.
         self._calling = 2
-        if self._running == 0 and (self._stopping or self._quiet is not None):
+        if methods.waiting:
+            methods.submit()
+            self._oversee()
+        if self._stopping or self._quiet is not None:
             self._is_idle()
         return None
+
+    def _resume_waiting(self) -> None:
+        """A transfer is over: sees to it that somebody goes on with its command."""
+        if self._last_call is not None:
+            self._last_call.set()
+        elif self._idle:
+            trio.lowlevel.reschedule(self._idle.pop())
+        elif self._workers < self._max_in_flight + 2:
+            self._hire()
+        # Else all are busy, and look at this before anything else when they are not.
+
+    @property
+    def _in_handlers(self) -> int:
+        """Commands that run."""
+        return self._running + self._calls.methods.waiting
+
+    def _calls_of(self, handler: Handler) -> Calls:
+        return Calls(handler, self._overseer, self._start_copy, self._resume_waiting)
+
+    def _all_suspended(self) -> list[Suspended]:
+        waiting = self._calls.methods.suspended()
+        found: list[Suspended] = [
+            (one, one.command, self._calls.name(one.command.verb), one.coroutine) for one in waiting
+        ]
+        return [*self._suspended.values(), *found]
 
     def _call(self, cmd: _native.Command, verb: int | None) -> tuple[_Coroutine, Any] | None:
         """Calls the handler. Returns the coroutine and what it waits for, if it has suspended."""
@@ -672,6 +727,9 @@ class Device:
                 crash = error
             else:
                 _forget(error)
+        except _errors.TransferCancelled as error:
+            failure = _TIMED_OUT if self._overseer.timed_out(cmd) else _ABORTED
+            _forget(error)
         except BaseException as error:
             # Cancelled, by task management or because the device ends: never swallowed.
             failure = _TIMED_OUT if self._overseer.timed_out(cmd) else _ABORTED
@@ -689,8 +747,7 @@ class Device:
             # The frames of an exception that is raised again may hold views, and do no harm: the device ends.
             if cmd.lent and crash is None:
                 self._keep(cmd, verb)
-            if self._running == 0:
-                self._is_idle()
+            self._is_idle()
         if crash is not None:
             try:
                 raise crash
@@ -744,8 +801,8 @@ class Device:
         return _BUG
 
     def _is_idle(self) -> None:
-        """No handler runs: tells whom it concerns, unless there are copies still."""
-        if not self._copies:
+        """If nothing runs any more: tells whom it concerns."""
+        if not (self._in_handlers or self._copies):
             if self._stopping:
                 self._drained.set()
             if self._quiet is not None:
@@ -785,8 +842,7 @@ class Device:
                     cmd.fail(*(_TIMED_OUT if self._overseer.timed_out(cmd) else _ABORTED))
             self._copies -= 1
             self._nudge()
-            if self._running == 0:
-                self._is_idle()
+            self._is_idle()
 
     def _neighbour(self, naa: bytes) -> Device | None:
         return self._copy_domain._find(naa) if self._copy_domain is not None else None
@@ -843,6 +899,9 @@ class Device:
                     self._dirty = True
                 else:
                     scope.cancel()
+        for transfer in self._calls.methods.suspended():
+            if transfer.command.id in ids:
+                transfer.cancel()
         waiting = [cmd for cmd in self._waiting() if cmd.id in ids and not cmd.answered and not cmd.detach()]
         for cmd in waiting:
             self._take_out(cmd)
@@ -923,9 +982,12 @@ class Device:
         async with trio.open_nursery() as outer:
 
             async def engine() -> None:
-                with shield:
-                    async with trio.open_nursery() as self._nursery:
-                        self._hire()
+                try:
+                    with shield:
+                        async with trio.open_nursery() as self._nursery:
+                            self._hire()
+                finally:
+                    await self._end_waiting()
 
             outer.start_soon(engine)
             task_status.started(self)
@@ -933,6 +995,22 @@ class Device:
                 await self._stop_requested.wait()
             finally:
                 await self._wind_down(shield)
+
+    async def _end_waiting(self) -> None:
+        """Cancels commands that wait for transfers, and sees to their end: till then their memory is in use."""
+        methods = self._calls.methods
+        self._last_call = trio.Event()
+        with trio.CancelScope(shield=True):
+            for waiting in methods.suspended():
+                waiting.cancel()
+            while methods.waiting:
+                with suppress(_errors.DeviceError), trio.CancelScope() as scope:
+                    scope.cancel()
+                    while (begun := self._resume(scope)) is not None:
+                        await self._run(*begun, scope)
+                if methods.waiting and not methods.over:
+                    await self._last_call.wait()
+                    self._last_call = trio.Event()
 
     async def _wind_down(self, shield: trio.CancelScope) -> None:
         """No new commands; a grace period for those in flight; then they are cancelled."""
@@ -942,7 +1020,7 @@ class Device:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._before_stop)
             with trio.CancelScope(shield=True, deadline=trio.current_time() + self._grace) as self._winding_down:
-                if self._running or self._copies:
+                if self._in_handlers or self._copies:
                     await self._drained.wait()
         finally:
             shield.cancel()

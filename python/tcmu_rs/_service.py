@@ -117,35 +117,34 @@ async def serve_ring(
         except BaseException:
             ring.close()
             raise
-    device = Device(
-        slot,
-        ring,
-        name,
-        strict=strict,
-        grace=grace,
-        deadline=deadline,
-        free_kept=free_kept,
-        before_stop=before_stop,
-        naa=naa,
-        copy_domain=copy_domain,
-        unit=unit,
-        set_kernel_size=set_kernel_size,
-        busy_poll=busy_poll,
-    )
-    if copy_domain is None or unit is None:
-        with _files.USER:
+    with _files.USER:
+        device = Device(
+            slot,
+            ring,
+            name,
+            strict=strict,
+            grace=grace,
+            deadline=deadline,
+            free_kept=free_kept,
+            before_stop=before_stop,
+            naa=naa,
+            copy_domain=copy_domain,
+            unit=unit,
+            set_kernel_size=set_kernel_size,
+            busy_poll=busy_poll,
+        )
+        if copy_domain is None or unit is None:
             await device.run(task_status)
-        return
-    try:
-        copy_domain._join(device, unit)
-    except BaseException:
-        ring.close()
-        raise
-    try:
-        with _files.USER:
+            return
+        try:
+            copy_domain._join(device, unit)
+        except BaseException:
+            ring.close()
+            raise
+        try:
             await device.run(task_status)
-    finally:
-        copy_domain._leave(device, unit)
+        finally:
+            copy_domain._leave(device, unit)
 
 
 def verbs(devices: Callable[[], Iterable[Device]]) -> dict[str, _control.Verb]:

@@ -49,8 +49,13 @@ def supervised(inherited: Leash | None, what: str, hold: Callable[[Leash], None]
 
 def held(leash: Leash, hold: Callable[[Leash], None]) -> Leash:
     """Fences what a server that crashed has left, and waits as long as the leash says; see `supervised`."""
-    if not leash.first and not Succession.is_due():
+    again = not leash.first and not Succession.is_due()
+    if again:
         hold(leash)
+    if leash.outdated:
+        # That takes seconds, so commands are told BUSY before: else they run into the kernel's time-out.
+        leash.execute()
+    if again:
         # Over at once if there is something to hear.
         select.select([leash.sock], [], [], leash.delay)
     return leash

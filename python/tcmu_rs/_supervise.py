@@ -52,12 +52,14 @@ class Leash:
         key: Which server this is, for a parent of several.
         name: Name of the device, if a server before this one has served it; empty for the first.
         delay: Seconds to wait before it is tried again.
+        outdated: This process was forked from another version than the one that served: see `execute`.
     """
 
     sock: socket.socket
     key: str = ""
     name: str = ""
     delay: float = 0.0
+    outdated: bool = False
 
     @property
     def first(self) -> bool:
@@ -77,6 +79,12 @@ class Leash:
         """Notes the leash in the environment of a process to be executed; returns the descriptor that it needs."""
         environment[_ENVIRONMENT] = json.dumps([self.sock.fileno(), self.key, self.name, self.delay])
         return self.sock.fileno()
+
+    def execute(self) -> NoReturn:
+        """Starts the program anew: what this process has imported is not the version that was serving."""
+        environment = dict(os.environ)
+        os.set_inheritable(self.to_inherit(environment), True)
+        os.execve(sys.executable, sys.orig_argv, environment)
 
     def tell(self, line: str) -> None:
         """Tells the parent something; it may be gone."""
@@ -194,12 +202,10 @@ class Keeper:
         sys.stderr.flush()
         ours, its = socket.socketpair()
         delay = _DELAYS[min(server.crashes, len(_DELAYS)) - 1] if server.crashes else 0.0
-        leash = Leash(its, server.key, server.name, delay)
+        leash = Leash(its, server.key, server.name, delay, self._outdated)
         pid = os.fork()
         if pid == 0:
             self._become_server(ours)
-            if self._outdated:
-                self._execute(leash)
             return leash
         its.close()
         ours.setblocking(False)
@@ -217,12 +223,6 @@ class Keeper:
         if self._score:
             with suppress(OSError):
                 Path("/proc/self/oom_score_adj").write_text(self._score)
-
-    def _execute(self, leash: Leash) -> NoReturn:
-        """Starts the program anew: what this process has imported is not the version that was serving."""
-        environment = dict(os.environ)
-        os.set_inheritable(leash.to_inherit(environment), True)
-        os.execve(sys.executable, sys.orig_argv, environment)
 
     def _wait(self) -> None:
         assert self._awake is not None

@@ -41,7 +41,12 @@ class KernelLog:
         found = []
         with contextlib.suppress(BlockingIOError):
             while True:
-                head, _, text = os.read(self._fd, 8192).decode(errors="replace").partition(";")
+                try:
+                    head, _, text = os.read(self._fd, 8192).decode(errors="replace").partition(";")
+                except BrokenPipeError:
+                    # The oldest records were overwritten; the next read goes on with what is left.
+                    found.append("the kernel said more than its log holds")
+                    continue
                 line = text.partition("\n")[0]
                 level = int(head.partition(",")[0]) & 7
                 if (level <= _WARNING or _COMPLAINT.search(line)) and not _EMULATION.match(line):

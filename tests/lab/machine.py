@@ -60,6 +60,8 @@ _COMMAND_LINE = (
     # A panic ends the machine at once and is found in the console; an oops is no state to go on from.
     "panic=-1",
     "oops=panic",
+    # Tests read what the kernel said, some after half an hour.
+    "log_buf_len=8M",
     # A busy host stalls the virtual CPUs, which is no fault of the guest.
     "nowatchdog",
     "rcupdate.rcu_cpu_stall_timeout=120",

@@ -102,6 +102,7 @@ pub(super) struct Threads<J: Job> {
     shared: Arc<Shared<J>>,
     /// Not handed over yet.
     started: Vec<J>,
+    processors: usize,
 }
 
 impl<J: Job> Threads<J> {
@@ -120,12 +121,20 @@ impl<J: Job> Threads<J> {
             abandoned: false,
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), signal });
-        Self { shared, started: Vec::new() }
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { shared, started: Vec::new(), processors }
     }
 
     /// Takes a job, which begins after the next [`Threads::submit`].
     pub(super) fn start(&mut self, job: J) {
         self.started.push(job);
+    }
+
+    /// Whether a processor is left over for a job: beside the caller's one.
+    pub(super) fn has_room(&self) -> bool {
+        let state = self.shared.lock();
+        state.turns.is_empty()
+            && self.started.len() + state.begun.len() < self.processors.saturating_sub(1).min(CREW)
     }
 
     /// Hands over what was started, and wakes up one thread for all of it.

@@ -1,81 +1,17 @@
 //! A command, for the runtime in `tcmu_rs._runtime`.
 
-#![allow(unsafe_code)]
-
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::iterator::PySendResult;
-use pyo3::types::{PyByteArray, PyBytes, PyIterator};
-use pyo3::{PyTraverseError, PyVisit};
+use pyo3::types::{PyByteArray, PyBytes};
 
 use super::iovec::IoVec;
+use super::methods::Methods;
 use crate::device::{Claim, Started};
 use crate::scsi::sense::{Sense, SenseKey};
 use crate::scsi::{BlockState, DataBuffer, MediumExtent, Reply, Status, Step, StepBuffer, StepResult, Verb};
 use crate::statistics::Asked;
-
-/// How a handler's method is called for one verb.
-struct Method {
-    callable: Py<PyAny>,
-    /// The same with `fua=True`, if the method takes it.
-    durable: Option<Py<PyAny>>,
-    /// Whether it is an `async def`.
-    suspends: bool,
-}
-
-/// The methods of a handler that [`Command::run`] calls by itself: those for reads and writes that run in the event loop.
-#[pyclass(frozen, module = "tcmu_rs._native")]
-pub struct Methods {
-    read: Option<Method>,
-    write: Option<Method>,
-    /// Raises what is to be said of a result other than None: called with the verb and the result.
-    refuse: Py<PyAny>,
-}
-
-type Given = (Py<PyAny>, Option<Py<PyAny>>, bool);
-
-#[pymethods]
-impl Methods {
-    /// Each method is given as what is called with offset and `IoVec`, the same for a write that has to be durable, and
-    /// whether it is an `async def`.
-    #[new]
-    #[pyo3(signature = (refuse, *, read = None, write = None))]
-    fn new(refuse: Py<PyAny>, read: Option<Given>, write: Option<Given>) -> Self {
-        let method = |(callable, durable, suspends)| Method { callable, durable, suspends };
-        Self { read: read.map(method), write: write.map(method), refuse }
-    }
-
-    // A handler may hold its device, which holds this. Whoever else is in such a circle breaks it.
-    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.refuse)?;
-        for method in [&self.read, &self.write].into_iter().flatten() {
-            visit.call(&method.callable)?;
-            visit.call(&method.durable)?;
-        }
-        Ok(())
-    }
-}
-
-impl Methods {
-    fn find(&self, verb: Verb, fua: bool) -> Option<(&Py<PyAny>, bool)> {
-        let method = match verb {
-            Verb::Read => self.read.as_ref()?,
-            Verb::Write => self.write.as_ref()?,
-            _ => return None,
-        };
-        let callable = if fua { method.durable.as_ref()? } else { &method.callable };
-        Some((callable, method.suspends))
-    }
-}
-
-/// Runs a coroutine up to its first suspension, or its end.
-fn send<'py>(coroutine: &Bound<'py, PyAny>) -> PyResult<PySendResult<'py>> {
-    // SAFETY: `send` only calls `PyIter_Send`, which takes any object.
-    let iterator = unsafe { coroutine.cast_unchecked::<PyIterator>() };
-    iterator.send(&coroutine.py().None().into_bound(coroutine.py()))
-}
 
 /// What is to be done next for a command, and what the handler has brought of it.
 #[derive(Default)]
@@ -150,6 +86,30 @@ impl Command {
         progress.step = self.claim.returned(asked, false, || self.claim.advance(result))?;
         Ok(progress.step.is_some())
     }
+
+    /// A method has returned. What [`Command::run`] returns then.
+    pub fn returned<'py>(
+        &self,
+        methods: &Methods,
+        verb: Verb,
+        result: &Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let py = result.py();
+        if !result.is_none() {
+            methods.refuse(verb, result)?;
+        } else if self.done(py)? {
+            return otherwise(py);
+        }
+        if self.claim.outlived_by() == 0 {
+            return Ok(None);
+        }
+        Ok(Some((verb as u8).into_pyobject(py)?.into_any()))
+    }
+}
+
+#[allow(clippy::unnecessary_wraps)]
+fn otherwise(py: Python<'_>) -> PyResult<Option<Bound<'_, PyAny>>> {
+    Ok(Some(py.NotImplemented().into_bound(py)))
 }
 
 #[pymethods]
@@ -166,41 +126,47 @@ impl Command {
         PyBytes::new(py, self.claim.cdb())
     }
 
-    /// Does the present step, if it is a read or write and the handler's method for it runs in the event loop.
+    /// Does the present step, if it is one of those that `methods` has a method for.
     ///
-    /// Returns None: the command is over. A verb: it is over, and left views of its data. NotImplemented: it needs more
-    /// than that, from its present step on. Else the coroutine, which has suspended, and what it waits for.
+    /// Returns None: the command is over. Ellipsis: its handler waits for a transfer, see `Methods.resume`. A verb: it is
+    /// over, and left views of its data. NotImplemented: it needs more than that, from its present step on. Else the
+    /// coroutine, which has suspended, and what it waits for. With `more` there are other commands to run now.
     ///
     /// Raises what the handler raises; the command is not answered then.
-    #[pyo3(signature = (methods, /))]
-    fn run<'py>(&self, py: Python<'py>, methods: &Methods) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let otherwise = || Ok(Some(py.NotImplemented().into_bound(py)));
-        let (verb, offset, length, start, fua) = match self.progress().step {
-            Some(Step { verb, offset, length, buffer: StepBuffer::Command(start), fua, unit: None }) => {
-                (verb, offset.0, length, start, fua)
+    #[pyo3(signature = (methods, more = false, /))]
+    fn run<'py>(
+        slf: &Bound<'py, Self>,
+        methods: &Bound<'py, Methods>,
+        more: bool,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let py = slf.py();
+        let this = slf.get();
+        let (verb, offset, memory, fua) = match &this.progress().step {
+            Some(Step {
+                verb: verb @ (Verb::Read | Verb::Write),
+                offset,
+                length,
+                buffer,
+                fua,
+                unit: None,
+            }) => {
+                let StepBuffer::Command(start) = *buffer else { return otherwise(py) };
+                (*verb, offset.0, Some((start, usize::try_from(*length)?)), *fua)
             }
-            _ => return otherwise(),
+            Some(Step { verb: Verb::Flush, unit: None, .. }) => (Verb::Flush, 0, None, false),
+            _ => return otherwise(py),
         };
-        let Some((callable, suspends)) = methods.find(verb, fua) else { return otherwise() };
-        self.claim.begin();
-        let memory = self.memory(verb, start, usize::try_from(length)?);
-        let mut result = callable.bind(py).call1((offset, memory))?;
-        if suspends {
-            match send(&result)? {
-                PySendResult::Next(trap) => return Ok(Some((result, trap).into_pyobject(py)?.into_any())),
-                // The frame goes, and what it holds, before the answer.
-                PySendResult::Return(value) => result = value,
+        // With IMMED the initiator does not wait for what follows.
+        if !methods.get().has(verb, fua) || this.claim.is_answered() {
+            return otherwise(py);
+        }
+        this.claim.begin();
+        match memory {
+            Some((start, length)) => {
+                Methods::call(methods, slf, verb, fua, (offset, this.memory(verb, start, length)), more)
             }
+            None => Methods::call(methods, slf, verb, fua, (), more),
         }
-        if !result.is_none() {
-            methods.refuse.bind(py).call1((verb as u8, result))?;
-        } else if self.done(py)? {
-            return otherwise();
-        }
-        if self.claim.outlived_by() == 0 {
-            return Ok(None);
-        }
-        Ok(Some((verb as u8).into_pyobject(py)?.into_any()))
     }
 
     /// What the handler is asked for: the number of a verb, or None.

@@ -9,6 +9,7 @@ mod command;
 mod fileio;
 mod frames;
 mod iovec;
+mod methods;
 mod netlink;
 mod ring;
 mod simulator;
@@ -17,8 +18,10 @@ mod xts;
 
 mod exceptions {
     #![allow(missing_docs)]
+    pyo3::import_exception!(tcmu_rs._errors, DamagedFrameError);
     pyo3::import_exception!(tcmu_rs._errors, DeviceRemovedError);
     pyo3::import_exception!(tcmu_rs._errors, RingCorruptError);
+    pyo3::import_exception!(tcmu_rs._errors, TransferCancelled);
 }
 
 impl From<DeviceError> for PyErr {
@@ -34,13 +37,15 @@ impl From<DeviceError> for PyErr {
 #[pymodule]
 mod _native {
     #[pymodule_export]
-    use super::command::{Command, Methods};
+    use super::command::Command;
     #[pymodule_export]
     use super::fileio::{FileQueue, Transfer, fallocate, fdatasync};
     #[pymodule_export]
     use super::frames::ZstdFrames;
     #[pymodule_export]
     use super::iovec::IoVec;
+    #[pymodule_export]
+    use super::methods::{Methods, Waiting};
     #[pymodule_export]
     use super::netlink::{DeviceEvent, NetlinkSocket, ReceivedEvents};
     #[pymodule_export]
