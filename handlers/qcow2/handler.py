@@ -77,7 +77,7 @@ class Qcow2Handler(BlockHandler):
     _cluster_size = 64 << 10
 
     max_in_flight = 32
-    taskless = ("read",)
+    taskless = ("read", "flush")
     fills_reads = True
     discard_zeroes = True
 

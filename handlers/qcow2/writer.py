@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from tcmu_rs import IoVec, MediumError
+from tcmu_rs import IoVec, MediumError, TransferCancelled
 
 from ._errors import Qcow2Error
 from .branching import Branching
@@ -25,6 +25,7 @@ from .scanner import Scanner
 from .session import Session, announce, check_room, lay_log, place_log, renounce, resume
 from .space import Space
 from .tables import COMPRESSED, COPIED, OFFSET, SUBCLUSTERS, ZERO
+from .turn import Turn
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -48,6 +49,8 @@ _MANY_DROPPED = 4096
 """Places that wait for a record, to be used again, before one is made for them; fewer in small images."""
 _FEW = 32
 """Parts of a record that is made in the loop."""
+_SMALL_RECORD = 32 << 10
+"""Bytes of pieces, and of changes, that a flush encodes without another thread."""
 _SLACK = 8
 """Clusters that are reserved for refcount blocks."""
 _SMALL = 64 << 20
@@ -152,7 +155,7 @@ class Writer:
         self._destage_error: OSError | None = None
         self._commits = 0
         self._writes = 0
-        self._commit_lock = trio.Lock()
+        self._turn = Turn()
         self._start_lock = trio.Lock()
         # Who takes holes out for a while: nobody else must put them back.
         self._tidying = trio.Lock()
@@ -253,27 +256,33 @@ class Writer:
         await self._relieve()
 
     async def flush(self) -> None:
-        """Makes durable what was written before; one fdatasync serves all who wait."""
+        """Makes durable what was written before; one fdatasync serves all who wait.
+
+        It is taskless (`BlockHandler`): where it may await a transfer first, it holds no cancel scope.
+        """
         if self._log is None:
             return
         wanted = self._commits
-        try:
-            # Without the pass of the loop that `acquire` takes: it is a good part of a flush.
-            self._commit_lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self._commit_lock.acquire()
+        if not self._turn.take_nowait():
+            await self._turn.take()
         try:
             self._check()
             if self._commits > wanted:
                 return
+            if self._is_simple(self._log):
+                self._commits += 1
+                await self._commit_at_once(self._log)
+                return
+            # From here on it has a task.
+            await trio.lowlevel.cancel_shielded_checkpoint()
             with trio.CancelScope(shield=True):
                 await self._commit()
         finally:
-            self._commit_lock.release()
+            self._turn.give_back()
 
     async def _settle_map(self) -> None:
         """Makes the map durable, but for what only the cache has: it is no flush. What was freed can be used again."""
-        async with self._commit_lock:
+        async with self._turn:
             self._check()
             with trio.CancelScope(shield=True):
                 await self._commit(pieces=False)
@@ -349,7 +358,7 @@ class Writer:
             elif locked:
                 await self._checkpoint()
             else:
-                async with self._commit_lock:
+                async with self._turn:
                     self._check()
                     with trio.CancelScope(shield=True):
                         await self._checkpoint()
@@ -743,6 +752,63 @@ class Writer:
         """The same for what blocks."""
         return await self._or_fail(trio.to_thread.run_sync(function, *arguments))
 
+    def _is_simple(self, log: Log) -> bool:
+        """Whether a flush is one small transfer: a record that is durable alone, or an fdatasync."""
+        changes, cache = self._changes, self._cache
+        if not self._pending():
+            return True
+        return not (
+            self._unsynced
+            or changes.extents
+            or changes.fresh
+            or self._payload.external
+            or cache.unlogged > _SMALL_RECORD
+            or cache.unlogged + cache.logged > log.half_size // 4
+            or self._changed > _SMALL_RECORD
+            or self._changed + cache.unlogged * 9 // 8 + 4096 > log.room
+        )
+
+    async def _commit_at_once(self, log: Log) -> None:
+        """What `_commit` does where it is simple."""
+        if not self._pending():
+            if self._unsynced:
+                self._unsynced = False
+                await self._see_through(self._payload.storage.sync)
+            return
+        record, dropped, _ = self._take(images=False)
+        data = log.encode(record)
+        try:
+            await self._see_through(lambda: log.append(data, everything=False))
+        finally:
+            if self._failed is None:
+                self._end_commit(log, dropped)
+
+    async def _see_through(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Does what must not end half done: once more, if it is cancelled, and only then lets that through.
+
+        A cancel scope would do, but costs a good part of a flush, and needs a task.
+        """
+        try:
+            await work()
+        except OSError as error:
+            self._fail(error)
+            raise
+        except (trio.Cancelled, TransferCancelled):
+            # What is done twice is the same.
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            with trio.CancelScope(shield=True):
+                await self._or_fail(work())
+            raise
+        except BaseException:
+            self._fail(OSError(errno.EIO, "a flush was given up in the middle"))
+            raise
+
+    def _end_commit(self, log: Log, dropped: Sequence[tuple[int, int]]) -> None:
+        self.counters["commits"] += 1
+        self._release(dropped)
+        if self._cache.logged > log.half_size // 8:
+            self._call_destagers()
+
     async def _commit(self, *, pieces: bool = True) -> None:
         """One record and one fdatasync; the lock is held.
 
@@ -775,9 +841,7 @@ class Writer:
         finally:
             self._open_gate()
         await self._append(log, record)
-        self._release(dropped)
-        if self._cache.logged > log.half_size // 8:
-            self._call_destagers()
+        self._end_commit(log, dropped)
 
     async def _append(self, log: Log, record: Record) -> None:
         if len(record.pages) + len(record.pieces) + len(record.extents) <= _FEW:
@@ -792,7 +856,6 @@ class Writer:
             # What the record names, and all that was written in place before it was taken.
             await self._or_fail(self._payload.storage.sync())
         await self._or_fail(log.append(data, everything=record.needs_data))
-        self.counters["commits"] += 1
 
     async def _thin_out(self, limit: int) -> None:
         """Destages until the cache has no more than so many bytes for the log: a record of images has room for them."""
@@ -866,7 +929,7 @@ class Writer:
     async def checkpoint(self) -> None:
         """Brings all that is in the log into the tables."""
         await self.destage(logged_only=True)
-        async with self._commit_lock:
+        async with self._turn:
             self._check()
             with trio.CancelScope(shield=True):
                 await self._checkpoint()
@@ -894,6 +957,7 @@ class Writer:
             self._open_gate()
         seq = log.switch()
         await self._append(log, record)
+        self.counters["commits"] += 1
         self.counters["checkpoints"] += 1
         self._release(dropped)
         self._checkpointing = trio.Event()

@@ -1,0 +1,117 @@
+"""A flush that is given up in the middle: what it was writing is seen through, and nothing else may come before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from tcmu_rs import IoVec
+from tcmu_rs.handlers.qcow2 import Qcow2Handler, Storage, create
+from tcmu_rs.testing import simulated
+
+from .disks import BLOCK, GOOD, SYNCHRONIZE_CACHE, TASK_ABORTED, write16
+from .qcow2 import check
+from .test_files import pipe, uring
+
+MIB = 1 << 20
+
+
+class Interrupted(Storage):
+    """Its next record waits for a pipe, and gets there only when it is written again."""
+
+    receiver = -1
+    waits = False
+
+    async def commit(self, offset: int, data: bytes, *, everything: bool) -> None:
+        if self.waits:
+            self.waits = False
+            await IoVec([bytearray(1)]).read_from(self.receiver, 0)
+        await super().commit(offset, data, everything=everything)
+
+    async def sync(self) -> None:
+        if self.waits:
+            self.waits = False
+            await IoVec([bytearray(1)]).read_from(self.receiver, 0)
+        await super().sync()
+
+
+@pytest.fixture
+def receiver() -> Iterator[int]:
+    ends = pipe()
+    yield ends[0]
+    for end in ends:
+        os.close(end)
+
+
+class Disk:
+    """An image, and the storage that it is in."""
+
+    def __init__(self, path: Path, receiver: int, *, compress: bool) -> None:
+        create(path, MIB, cluster_size=8192)
+        self.path = path
+        self.receiver = receiver
+        self.handler = Qcow2Handler(path, compress=compress, idle=None, storage=self.open)
+
+    def open(self, path: Path, *, writable: bool) -> Storage:
+        self.storage = Interrupted(path, writable=writable)
+        self.storage.receiver = self.receiver
+        return self.storage
+
+    async def left(self) -> bytes:
+        """What is found if the server ends now."""
+        copy = self.path.with_suffix(".copy")
+        shutil.copy(self.path, copy)
+        found = bytearray(3 * BLOCK)
+        async with Qcow2Handler(copy, idle=None) as disk:
+            await disk.read(0, IoVec([found]))
+        check(copy)
+        return bytes(found)
+
+
+@uring
+async def test_the_record_of_an_aborted_flush_is_whole(tmp_path: Path, receiver: int) -> None:
+    image = Disk(tmp_path / "image", receiver, compress=True)
+    async with simulated(image.handler) as disk:
+        await disk.write(0, b"a" * BLOCK)
+        await disk.flush()
+        await disk.write(BLOCK, b"b" * BLOCK)
+        image.storage.waits = True
+        aborted = disk.submit(SYNCHRONIZE_CACHE)
+        await trio.testing.wait_all_tasks_blocked()
+        disk.abort(aborted)
+        assert (await disk.wait(aborted)).status == TASK_ABORTED
+        assert await image.left() == b"a" * BLOCK + b"b" * BLOCK + bytes(BLOCK)
+        assert (await disk.wait(disk.submit(write16(2), data_out=b"c" * BLOCK))).status == GOOD
+        assert (await disk.wait(disk.submit(SYNCHRONIZE_CACHE))).status == GOOD
+        assert await image.left() == b"a" * BLOCK + b"b" * BLOCK + b"c" * BLOCK
+    check(image.path)
+
+
+@uring
+@pytest.mark.parametrize("compress", [True, False])
+async def test_a_cancelled_flush_is_seen_through(tmp_path: Path, receiver: int, compress: bool) -> None:
+    image = Disk(tmp_path / "image", receiver, compress=compress)
+    async with image.handler as disk:
+        await disk.write(0, IoVec([b"a" * BLOCK]))
+        await disk.flush()
+        for number in range(1, 3):
+            await disk.write(number * BLOCK, IoVec([b"bc"[number - 1 : number] * BLOCK]))
+            image.storage.waits = True
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(disk.flush)
+                await trio.testing.wait_all_tasks_blocked()
+                # Another one, that has to wait for it, and then has nothing to do.
+                nursery.start_soon(disk.flush)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+            assert not image.storage.waits
+            await disk.flush()
+            expected = b"a" * BLOCK + b"b" * BLOCK + (b"c" * BLOCK if number == 2 else bytes(BLOCK))
+            assert await image.left() == expected
+    check(image.path)
