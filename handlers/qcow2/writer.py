@@ -155,6 +155,8 @@ class Writer:
         self._destage_error: OSError | None = None
         self._commits = 0
         self._writes = 0
+        # Somebody destages for the log to have room.
+        self._relieving = False
         self._turn = Turn()
         self._start_lock = trio.Lock()
         # Who takes holes out for a while: nobody else must put them back.
@@ -484,13 +486,19 @@ class Writer:
     async def _destager(self) -> None:
         try:
             while not self._closing.is_set():
-                many_logged = self._log is not None and self._cache.logged > self._log.half_size // 8
+                # One of them is enough for that, and has larger batches alone: each costs an fdatasync of the file.
+                many_logged = (
+                    self._log is not None and not self._relieving and self._cache.logged > self._log.half_size // 8
+                )
                 keep = 0 if many_logged else self._cache.limit * 3 // 8
                 batch = [] if self._failed else self._cache.pick(self._batch, keep)
                 if not batch:
                     await self._work.park()
                     continue
+                self._relieving |= many_logged
                 await self._try(self._destage, batch)
+                if many_logged:
+                    self._relieving = False
                 # What was freed is used again only after a record, and one must not become too large.
                 if len(self._changes.dropped) > self._many or self._changed > self._log_size // 32:
                     await self._try(self._settle_map)
