@@ -9,6 +9,8 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::atomic::AtomicU8;
+use std::sync::atomic::Ordering::Relaxed;
 
 use libc::iovec;
 use smallvec::SmallVec;
@@ -45,6 +47,26 @@ pub enum Operation {
     },
 }
 
+/// By descriptor, how many buffered writes go to a thread without a question: the file system has said that it does not
+/// know `RWF_NOWAIT` for them (ext4), and that takes three system calls. Another file may have the descriptor by now, so
+/// they ask again now and then.
+static KNOWN_TO_WAIT: [AtomicU8; 1024] = [const { AtomicU8::new(0) }; 1024];
+
+fn known_to_wait(fd: RawFd) -> Option<&'static AtomicU8> {
+    KNOWN_TO_WAIT.get(usize::try_from(fd).ok()?)
+}
+
+fn is_known_to_wait(fd: RawFd) -> bool {
+    let less = |left: u8| left.checked_sub(1);
+    known_to_wait(fd).is_some_and(|left| left.fetch_update(Relaxed, Relaxed, less).is_ok())
+}
+
+fn note_that_it_waits(fd: RawFd) {
+    if let Some(left) = known_to_wait(fd) {
+        left.store(u8::MAX, Relaxed);
+    }
+}
+
 /// Addresses and lengths for a system call. They are valid as long as the transfer has its memory.
 #[derive(Debug, Default)]
 pub(crate) struct Vectors(SmallVec<[iovec; 4]>);
@@ -59,8 +81,8 @@ pub struct Transfer<M> {
     done: usize,
     memory: M,
     bounce: Option<Bounce>,
-    /// The descriptor goes around the page cache.
-    direct: bool,
+    /// The descriptor goes around the page cache; `None`: nobody has asked.
+    direct: Option<bool>,
     /// The file knows `RWF_NOWAIT`, for this: io_uring may try it without a thread. With one that does not, io_uring asks
     /// the file system whether it can be waited for, and waits for the answer, in our thread: a FUSE server, perhaps in
     /// this very process, would have to give it. Then it takes a thread, which costs ten times what one of ours costs.
@@ -77,7 +99,7 @@ impl<M: Memory> Transfer<M> {
             Operation::Read | Operation::Write { .. } => memory.length(),
             Operation::Sync | Operation::Allocate { .. } => 0,
         };
-        Self { fd, operation, offset, length, done: 0, memory, bounce: None, direct: false, tries: false }
+        Self { fd, operation, offset, length, done: 0, memory, bounce: None, direct: None, tries: false }
     }
 
     /// Bytes that are to be moved.
@@ -98,10 +120,7 @@ impl<M: Memory> Transfer<M> {
     /// What the system says.
     pub fn is_copy(&mut self) -> io::Result<bool> {
         let buffered = matches!(self.operation, Operation::Read | Operation::Write { durable: false });
-        if buffered {
-            self.direct = syscall::is_direct(self.fd)?;
-        }
-        Ok(buffered && !self.direct)
+        Ok(buffered && !self.is_direct()?)
     }
 
     /// Does what can be done without waiting for storage. Returns whether it is over.
@@ -118,8 +137,11 @@ impl<M: Memory> Transfer<M> {
         if self.length == 0 {
             return Ok(true);
         }
-        self.direct = syscall::is_direct(self.fd)?;
-        if self.direct {
+        let plain_write = self.operation == (Operation::Write { durable: false });
+        if plain_write && is_known_to_wait(self.fd) {
+            return Ok(false);
+        }
+        if self.is_direct()? {
             self.tries = syscall::tries_direct(self.fd);
             return Ok(false);
         }
@@ -149,6 +171,9 @@ impl<M: Memory> Transfer<M> {
                                 flags = 0;
                                 continue;
                             }
+                            if plain_write {
+                                note_that_it_waits(self.fd);
+                            }
                             Ok(false)
                         }
                         _ => Err(error),
@@ -163,6 +188,7 @@ impl<M: Memory> Transfer<M> {
     /// # Errors
     /// What the system says; [`EndOfFile`] when the file ends before the transfer does.
     pub fn block(&mut self) -> io::Result<()> {
+        self.is_direct()?;
         let mut vectors = Vectors::default();
         loop {
             self.gather(&mut vectors);
@@ -180,10 +206,17 @@ impl<M: Memory> Transfer<M> {
         }
     }
 
+    fn is_direct(&mut self) -> io::Result<bool> {
+        match self.direct {
+            Some(direct) => Ok(direct),
+            None => Ok(*self.direct.insert(syscall::is_direct(self.fd)?)),
+        }
+    }
+
     /// Among whom it queues for a thread.
     fn lane(&self) -> threads::Lane {
         // File systems that cannot say whether a buffered write has to wait have a lock for each file around it.
-        let one_by_one = !self.direct && self.operation == (Operation::Write { durable: false });
+        let one_by_one = self.direct != Some(true) && self.operation == (Operation::Write { durable: false });
         threads::Lane { fd: self.fd, one_by_one }
     }
 
@@ -218,7 +251,9 @@ impl<M: Memory> Transfer<M> {
                     Ok(false)
                 }
                 // O_DIRECT wants memory that begins and ends at blocks. The kernel's does, that of other layers need not.
-                Some(libc::EINVAL) if self.direct && self.length > 0 && self.bounce.is_none() => {
+                Some(libc::EINVAL)
+                    if self.direct == Some(true) && self.length > 0 && self.bounce.is_none() =>
+                {
                     let bounce = Bounce::new(self.length)?;
                     if self.operation != Operation::Read {
                         bounce.fill_from(&self.memory);
