@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import trio
 
 from tcmu_rs import BlockHandler
 from tcmu_rs.handlers.qcow2.handler import Qcow2Handler
@@ -35,15 +39,26 @@ def check(path: Path) -> dict[str, Any]:
 
 
 class RecordedStorage(Storage):
-    """A `Storage` whose file is a `Medium`."""
+    """A `Storage` whose file is a `Medium`; and a copy of that, for who reads from a descriptor."""
 
     def __init__(self, medium: Medium, path: Path) -> None:
         self.medium = medium
         self.path = path
         self.writable = True
+        self._fd = -1
+        self._guard = threading.Lock()
 
     def close(self) -> None:
         """Leaves the medium as it is: what was not synced is not durable."""
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def fileno(self) -> int:
+        with self._guard:
+            if self._fd < 0:
+                self._fd = os.memfd_create("copy of a medium")
+                self.medium.image.save(Path(f"/proc/self/fd/{self._fd}"))
+            return self._fd
 
     @property
     def size(self) -> int:
@@ -68,16 +83,43 @@ class RecordedStorage(Storage):
     def pwrite(self, offset: int, views: Sequence[Any]) -> None:
         # As a kernel does it, in pieces: another thread may see, or sync, the first of them.
         for view in views:
-            offset += self.medium.pwrite(view, offset)
+            with self._guard:
+                if self._fd >= 0:
+                    os.pwrite(self._fd, view, offset)
+                offset += self.medium.pwrite(view, offset)
 
     def fdatasync(self) -> None:
         self.medium.fdatasync()
 
+    async def sync(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.fdatasync()
+        await trio.lowlevel.checkpoint()
+
+    async def commit(self, offset: int, data: bytes, *, everything: bool) -> None:
+        await trio.lowlevel.checkpoint()
+        self.pwrite(offset, [data])
+        if everything:
+            await self.sync()
+        else:
+            self.sync_range(offset, len(data))
+            await trio.lowlevel.checkpoint()
+
+    def sync_range(self, offset: int, length: int) -> None:
+        """Makes this durable, and nothing else."""
+        self.medium.sync_range(offset, length)
+
     def truncate(self, size: int) -> None:
-        self.medium.truncate(size)
+        with self._guard:
+            if self._fd >= 0:
+                os.ftruncate(self._fd, size)
+            self.medium.truncate(size)
 
     def punch(self, offset: int, length: int) -> bool:
-        self.medium.punch(offset, length)
+        with self._guard:
+            self.medium.punch(offset, length)
+            if self._fd >= 0:
+                assert super().punch(offset, length)
         return True
 
     def allocate(self, offset: int, length: int) -> bool:

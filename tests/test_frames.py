@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import zlib
+from pathlib import Path
 
 import pytest
+import trio
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcmu_rs import IoVec, ZstdFrames
+from tcmu_rs import DamagedFrameError, IoVec, ZstdFrames
 
 UNIT = 512
 WORDS = st.lists(
@@ -115,3 +119,123 @@ def test_threads_share_it() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# Out of a file.
+
+
+def suspends(frames: ZstdFrames, fd: int, places: list[tuple[int, int]], target: bytearray) -> bool:
+    """Whether a read of frames is more than can be done at once; if not, it is done."""
+
+    async def read() -> None:
+        await frames.read_from(fd, places, IoVec([target]))
+
+    coroutine = read()
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return False
+    coroutine.close()
+    return True
+
+
+@given(st.lists(UNITS.filter(any), min_size=1, max_size=8), st.data())
+async def test_frames_of_a_file(units: list[bytes], data: st.DataObject) -> None:
+    """In any order, with anything between them and at the end of the file, into pieces of any length."""
+    frames = ZstdFrames(UNIT)
+    file = b""
+    places = {}
+    for number in data.draw(st.permutations(range(len(units)))):
+        stored, ((length, _),) = frames.compress(units[number])
+        file += bytes(data.draw(st.sampled_from([0, 1, 700, 9000, 300 << 10])))
+        places[number] = (len(file), length + data.draw(st.integers(0, 600)))
+        file += stored
+    kept = b"".join(units)
+    within = data.draw(st.integers(0, UNIT - 1))
+    stop = data.draw(st.integers(max(len(kept) - UNIT, within) + 1, len(kept)))
+    cut = data.draw(st.integers(0, stop - within))
+    pieces = [bytearray(cut), bytearray(stop - within - cut)]
+    fd = os.memfd_create("frames")
+    try:
+        os.write(fd, file)
+        await frames.read_from(fd, [places[number] for number in range(len(units))], IoVec(pieces), within)
+    finally:
+        os.close(fd)
+    assert b"".join(pieces) == kept[within:stop]
+
+
+@pytest.mark.parametrize("count", [3, 40], ids=["at once", "in a thread"])
+async def test_damage_in_a_file_is_told_by_the_number_of_the_frame(tmp_path: Path, count: int) -> None:
+    frames = ZstdFrames(4096)
+    units = [os.urandom(100) + bytes(3996) for _ in range(count)]
+    stored, made = frames.compress(b"".join(units))
+    places, at = [], 0
+    for length, _ in made:
+        places.append((at, length))
+        at += length
+    path = tmp_path / "frames"
+    path.write_bytes(stored)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        target = bytearray(count * 4096)
+        assert suspends(frames, fd, places, target) == (count == 40)
+        await frames.read_from(fd, places, IoVec([target]))
+        assert target == b"".join(units)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        await frames.read_from(fd, places, IoVec([target]))
+        assert target == b"".join(units)
+        os.pwrite(fd, b"\xff\xff", places[2][0] + 60)
+        with pytest.raises(DamagedFrameError, match="frame 2") as caught:
+            await frames.read_from(fd, places, IoVec([target]))
+        assert (caught.value.number, caught.value.errno) == (2, errno.EIO)
+        os.ftruncate(fd, places[1][0] + 5)
+        with pytest.raises(DamagedFrameError) as caught:
+            await frames.read_from(fd, places, IoVec([target]))
+        assert caught.value.number == 1
+    finally:
+        os.close(fd)
+
+
+async def test_a_file_that_cannot_be_read_is_an_error_of_the_system(tmp_path: Path) -> None:
+    frames = ZstdFrames(4096)
+    directory = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for count in (1, 40):
+            with pytest.raises(IsADirectoryError):
+                await frames.read_from(directory, [(0, 100)] * count, IoVec([bytearray(count * 4096)]))
+        with pytest.raises(ValueError, match="not what 1 units of 4096 bytes are for"):
+            frames.read_from(directory, [(0, 100)], IoVec([bytearray(4097)]))
+        with pytest.raises(TypeError, match="read-only"):
+            frames.read_from(directory, [(0, 100)], IoVec([bytes(4096)]))
+        with pytest.raises(OverflowError):
+            frames.read_from(directory, [(-1, 100)], IoVec([bytearray(4096)]))
+        for place in ((1 << 64) - 1, 1 << 63, (1 << 63) - 1):
+            with pytest.raises(OSError):
+                await frames.read_from(directory, [(place, 1 << 60)] * 40, IoVec([bytearray(40 * 4096)]))
+    finally:
+        os.close(directory)
+
+
+async def test_many_reads_at_once_each_get_their_own() -> None:
+    frames = ZstdFrames(4096)
+    units = [bytes([number]) * 4096 for number in range(1, 65)]
+    stored, made = frames.compress(b"".join(units))
+    places, at = [], 0
+    for length, _ in made:
+        places.append((at, length))
+        at += length
+    fd = os.memfd_create("frames")
+    os.write(fd, stored)
+
+    async def read(first: int) -> None:
+        for count in (1, 5, 32):
+            target = bytearray(count * 4096)
+            await frames.read_from(fd, places[first : first + count], IoVec([target]))
+            assert target == b"".join(units[first : first + count])
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for first in range(32):
+                nursery.start_soon(read, first)
+    finally:
+        os.close(fd)

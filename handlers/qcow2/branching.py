@@ -146,7 +146,7 @@ class Branching:
                         if not self._changes.refcounts.add(host, delta):
                             self._changes.drop_cluster(host << self._bits)
                     if entry & COMPRESSED and delta < 0:
-                        self._image.forget_decompressed(entry)
+                        self._image.forget(entry)
             if delta > 0:
                 self._changes.refcounts.add(table >> self._bits, delta)
             else:

@@ -121,7 +121,7 @@ class Changes:
         """A guest cluster had this entry."""
         if entry & COMPRESSED:
             offset, length = self._tables.place(entry)
-            self._image.forget_decompressed(entry)
+            self._image.forget(entry)
             self.extents.pop(offset, None)
             for host in range(offset >> self._bits, ((offset + length - 1) >> self._bits) + 1):
                 if not self.refcounts.add(host, -1) and not self._space.knows(host << self._bits):

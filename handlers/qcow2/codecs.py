@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import zlib
 from collections.abc import Sequence
+from functools import partial
 
-from tcmu_rs import IoVec, ZstdFrames
+import trio
 
-from .storage import Buffer
+from tcmu_rs import DamagedFrameError, IoVec, ZstdFrames
+
+from .storage import Buffer, Storage
 
 ZLIB, ZSTD = 0, 1
 LEVEL = {ZLIB: 1, ZSTD: 2}
 """What is used if nobody says."""
+_LARGE = 128 << 10
+"""Bytes to inflate that are worth a thread."""
 
 Place = tuple[int, int]
 """First byte, and how many there are."""
@@ -36,6 +41,51 @@ class Codec:
     def at_level(self, level: int) -> Codec:
         """The same for another level."""
         return Codec(self.kind, self._size, level)
+
+    async def read(self, storage: Storage, places: Sequence[Place], iov: IoVec, within: int) -> int:
+        """Reads clusters that follow each other on the disk out of the file; waits, if it has to.
+
+        Others run meanwhile: the clusters have to stay where they are, or what is read is not known.
+
+        Args:
+            storage: The file.
+            places: Where each cluster is in it; there may be up to a sector more than its compressed form.
+            iov: Where they go.
+            within: First byte of the first cluster that is wanted.
+
+        Returns:
+            How many were right. If it is less than there are, the next one is damaged.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        if self.kind == ZSTD:
+            try:
+                await self._frames.read_from(storage.fileno(), places, iov, within)
+            except DamagedFrameError as error:
+                return error.number
+            return len(places)
+        if len(places) * self._size < _LARGE:
+            try:
+                return self._inflate(storage, places, iov, within, wait=False)
+            except BlockingIOError:
+                pass
+        # Of several large reads one is decompressed beside the other.
+        return await trio.to_thread.run_sync(partial(self._inflate, wait=True), storage, places, iov, within)
+
+    def _inflate(self, storage: Storage, places: Sequence[Place], iov: IoVec, within: int, *, wait: bool) -> int:
+        at = 0
+        for number, (offset, length) in enumerate(places):
+            step = min(self._size - within, iov.nbytes - at)
+            stored = storage.pread(offset, length, wait=wait)
+            if not wait and len(stored) < length:
+                # The end of the file, or of what is in memory.
+                stored += storage.pread(offset + len(stored), length - len(stored), wait=False)
+            if not self.decompress(stored, ((0, len(stored)),), iov.slice(at, at + step), within):
+                return number
+            at += step
+            within = 0
+        return len(places)
 
     def decompress(self, stored: Buffer, places: Sequence[Place], iov: IoVec, within: int) -> int:
         """Decompresses clusters that follow each other on the disk; what follows their compressed form is ignored.

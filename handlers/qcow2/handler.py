@@ -36,12 +36,10 @@ if TYPE_CHECKING:
     from .payload import Cipher
 
 _PATIENCE = 64
-"""How often a read is tried again after what it lacked was brought into memory."""
+"""How often a read is tried again after what it lacked was brought into memory, or what it read was moved."""
 _MAX_EXTENTS = 256
 _KEYS = "key-file, passphrase-fd, credential"
 """Options that say where a passphrase is."""
-_LARGE = 128 << 10
-"""Bytes to decompress that are worth a thread."""
 
 
 class Qcow2Handler(BlockHandler):
@@ -79,6 +77,7 @@ class Qcow2Handler(BlockHandler):
     _cluster_size = 64 << 10
 
     max_in_flight = 32
+    taskless = ("read",)
     fills_reads = True
     discard_zeroes = True
 
@@ -421,19 +420,10 @@ class Qcow2Handler(BlockHandler):
         image = self._image
         assert image is not None
         image.reads += 1
-        single = iov.nbytes <= image.header.cluster_size
         for _ in range(_PATIENCE):
             try:
-                if single:
-                    image.read(offset, iov, wait=False)
+                if await image.finish(image.begin(offset, iov)):
                     return
-                runs = image.collect(offset, iov)
-                if sum(len(run.places) for run in runs) << image.header.cluster_bits < _LARGE:
-                    image.decompress_into(runs)
-                else:
-                    # Of several large reads one is decompressed beside the other.
-                    await trio.to_thread.run_sync(image.decompress_into, runs)
-                return
             except Cold as cold:
                 await trio.to_thread.run_sync(cold.warm)
         image.read(offset, iov, wait=True)

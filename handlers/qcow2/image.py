@@ -11,7 +11,7 @@ from typing import Protocol
 from tcmu_rs import IoVec, MediumError
 
 from .cache import Entry
-from .codecs import Codec, Place, damage
+from .codecs import Codec, damage
 from .header import DATA_FILE, Header
 from .log import Chain
 from .pages import Cold, Pages
@@ -21,8 +21,6 @@ from .tables import COMPRESSED, SUBCLUSTERS, ZERO, Tables
 
 _HOT = 1 << 20
 """Bytes of decompressed clusters that are kept for readers of parts."""
-_GAP = 8192
-"""Bytes between two compressed clusters in the file that are read with them, rather than by a call of their own."""
 
 
 class Kind(IntEnum):
@@ -80,21 +78,29 @@ class RawSource:
         self._storage.close()
 
 
-@dataclass(slots=True)
-class Run:
-    """Compressed clusters that follow each other on the disk.
+class Reading:
+    """Compressed clusters that follow each other on the disk, on their way out of the file.
+
+    Args:
+        image: What they are in.
+        cluster: The first one.
+        within: Its first byte that is wanted.
+        iov: Where they go.
+        entries: Of each, as they are in the map.
 
     Attributes:
-        offset: On the disk, of the first byte that is wanted.
-        iov: Where they go.
-        stored: What the file has of them.
-        places: Where each is in that.
+        moved: One of them has been moved meanwhile, or is gone.
     """
 
-    offset: int
-    iov: IoVec
-    stored: Buffer
-    places: Sequence[Place]
+    __slots__ = ("cluster", "entries", "image", "iov", "moved", "within")
+
+    def __init__(self, image: Image, cluster: int, within: int, iov: IoVec, entries: Sequence[int]) -> None:
+        self.image = image
+        self.cluster = cluster
+        self.within = within
+        self.iov = iov
+        self.entries = entries
+        self.moved = False
 
 
 class Image:
@@ -142,6 +148,7 @@ class Image:
         self.cache: dict[int, Entry] = {}
         self.codec = Codec(header.compression_type, header.cluster_size, header.level)
         self._hot: dict[int, bytes] = {}
+        self._readings: set[Reading] = set()
         self._scratch = memoryview(bytearray(2 * header.cluster_size + 512))
         # Where a read begins that goes on with the last one.
         self._next = 0
@@ -332,87 +339,105 @@ class Image:
         self._hot[entry] = data
         return data
 
-    def collect(self, offset: int, iov: IoVec) -> list[Run]:
-        """Fills what is not compressed of a read, and returns the rest, for any thread to decompress.
+    def begin(self, offset: int, iov: IoVec) -> Sequence[Reading]:
+        """Fills what is not compressed of a read, and returns the rest, to be finished before anything else is done.
 
         Raises:
             Cold: Something is not in memory.
+            MediumError: The map is damaged.
         """
-        if self._extended or offset + iov.nbytes > self.size:
-            self.read(offset, iov, wait=False)
-            return []
         total = iov.nbytes
-        first = offset >> self._bits
+        first, within = offset >> self._bits, offset & self._in_cluster
+        if self._extended or offset + total > self.size:
+            self.read(offset, iov, wait=False)
+            return ()
+        if within + total <= self._cluster_size:
+            if first not in self.cache:
+                entry = self._entry(first, False)
+                if entry & COMPRESSED:
+                    if entry not in self._hot and (offset != self._next or total == self._cluster_size):
+                        self._next = offset + total
+                        return (Reading(self, first, within, iov, (entry,)),)
+                elif not entry and isinstance(self.backing, Image):
+                    return self.backing.begin(offset, iov)
+            self.read(offset, iov, wait=False)
+            return ()
         try:
             entries = self.tables.entries(first, ((offset + total - 1) >> self._bits) - first + 1, wait=False)
         except OSError as error:
             if error.errno != errno.EUCLEAN:
                 raise
             raise self._medium_error(first, error) from None
-        runs: list[Run] = []
+        found: list[Reading] = []
         cache = self.cache
-        compressed: list[tuple[int, int]] = []
+        compressed: list[int] = []
         # Begins what has not been seen to: compressed clusters if there are some, else others.
         start = 0
-        at = -(offset & self._in_cluster)
+        at = -within
         for cluster, entry in enumerate(entries, first):
             here = max(at, 0)
             if entry & COMPRESSED and cluster not in cache:
                 if not compressed and here > start:
                     self.read(offset + start, iov.slice(start, here), wait=False)
                     start = here
-                compressed.append(self.tables.place(entry))
+                compressed.append(entry)
             elif compressed:
-                runs.append(self._run(offset + start, compressed, iov.slice(start, here)))
+                found.append(self._reading(offset + start, iov.slice(start, here), compressed))
                 start, compressed = here, []
             at += self._cluster_size
         if compressed:
-            runs.append(self._run(offset + start, compressed, iov.slice(start, total)))
+            found.append(self._reading(offset + start, iov.slice(start, total) if start else iov, compressed))
         else:
             self.read(offset + start, iov.slice(start, total), wait=False)
-        return runs
+        return found
 
-    def _run(self, offset: int, compressed: Sequence[Place], iov: IoVec) -> Run:
-        """Reads what is stored of clusters that follow each other; what lies together in the file is read at once."""
-        spans: list[list[int]] = []
-        places: list[Place] = []
-        total = 0
-        for place, length in compressed:
-            stop = place + length
-            if spans and spans[-1][0] <= place <= spans[-1][1] + _GAP:
-                span = spans[-1]
-                more = stop - span[1]
-                if more > 0:
-                    span[1] = stop
-                    total += more
-            else:
-                span = [place, stop, total]
-                spans.append(span)
-                total += length
-            places.append((span[2] + place - span[0], length))
-        stored = memoryview(bytearray(total))
-        for place, stop, at in spans:
-            part = stored[at : at + stop - place]
-            try:
-                done = self.storage.preadv(place, (part,), wait=False)
-                if done < len(part):
-                    # The end of the file, or of what is in memory.
-                    rest = self.storage.pread(place + done, len(part) - done, wait=False)
-                    part[done : done + len(rest)] = rest
-            except BlockingIOError:
-                raise Cold(self.storage, place, stop - place) from None
-        return Run(offset, iov, stored, places)
+    def _reading(self, offset: int, iov: IoVec, entries: Sequence[int]) -> Reading:
+        return Reading(self, offset >> self._bits, offset & self._in_cluster, iov, entries)
 
-    def decompress_into(self, runs: Sequence[Run]) -> None:
-        """Finishes what `collect` has begun; any thread may do it."""
-        for run in runs:
-            right = self.codec.decompress(run.stored, run.places, run.iov, run.offset & self._in_cluster)
-            if right < len(run.places):
-                raise self._medium_error((run.offset >> self._bits) + right, damage())
+    async def finish(self, readings: Sequence[Reading]) -> bool:
+        """Reads and decompresses clusters; waits, if it has to, and others run meanwhile.
 
-    def forget_decompressed(self, entry: int) -> None:
-        """The place of this entry is free: another cluster may get the same."""
+        A place in the file is what the map has said when the reading began. If it is given up meanwhile, a frame of
+        another cluster may get there, complete and with the right checksum, or it may be punched. So whoever gives it
+        up says so to all readings that are under way (`forget`), and these do not count, whatever they have found. It
+        is given up before anything else can get there, and both is done in the loop, as is the look at it here.
+
+        Returns:
+            False if a cluster is elsewhere by now: then what is in the `IoVec` is not known.
+
+        Raises:
+            MediumError: A cluster is damaged.
+            OSError: The file cannot be read.
+        """
+        for reading in readings:
+            reading.image._readings.add(reading)
+        try:
+            for reading in readings:
+                if not await reading.image._read_compressed(reading):
+                    return False
+        finally:
+            for reading in readings:
+                reading.image._readings.discard(reading)
+        return True
+
+    async def _read_compressed(self, reading: Reading) -> bool:
+        places = [*map(self.tables.place, reading.entries)]
+        try:
+            right = await self.codec.read(self.storage, places, reading.iov, reading.within)
+        except OSError:
+            if not reading.moved:
+                raise
+            return False
+        if right < len(places) and not reading.moved:
+            raise self._medium_error(reading.cluster + right, damage())
+        return not reading.moved
+
+    def forget(self, entry: int) -> None:
+        """The place of a compressed cluster is given up: another one may get it."""
         self._hot.pop(entry, None)
+        for reading in self._readings:
+            if entry in reading.entries:
+                reading.moved = True
 
     def _medium_error(self, cluster: int, error: OSError) -> MediumError:
         return MediumError(

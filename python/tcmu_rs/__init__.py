@@ -6,6 +6,7 @@ from ._domain import CopyDomain
 from ._errors import (
     Busy,
     CopyError,
+    DamagedFrameError,
     DeviceError,
     DeviceRemovedError,
     HardwareError,
@@ -51,6 +52,7 @@ __all__ = [
     "Command",
     "CopyDomain",
     "CopyError",
+    "DamagedFrameError",
     "Device",
     "DeviceError",
     "DeviceRemovedError",

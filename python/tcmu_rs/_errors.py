@@ -36,6 +36,18 @@ class CopyError(Exception):
     """A copy of a disk has failed; the text says where and why, and its cause is what was raised there."""
 
 
+class DamagedFrameError(OSError):
+    """A frame that `ZstdFrames.read_from` has read is damaged, cut off or not of a unit (EIO).
+
+    Attributes:
+        number: Which one, from 0.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(errno.EIO, message)
+        self.number = number
+
+
 class Failure(NamedTuple):
     """How a command fails: SAM status; sense key, ASC and ASCQ of a CHECK CONDITION; INFORMATION field."""
 

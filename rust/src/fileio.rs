@@ -19,9 +19,11 @@ pub mod memory;
 pub mod queue;
 mod syscall;
 mod threads;
+pub mod unpacking;
 mod uring;
 
 use memory::{Bounce, Memory};
+use unpacking::Unpacking;
 
 /// Pieces that a system call takes: `IOV_MAX`.
 const MAX_PIECES: usize = 1024;
@@ -287,6 +289,78 @@ impl<M: Memory> Transfer<M> {
             self.memory.filled();
         }
         Ok(true)
+    }
+}
+
+/// What a queue takes.
+#[derive(Debug)]
+pub enum Work<M> {
+    /// Bytes that are moved as they are, or nothing that is moved.
+    Transfer(Transfer<M>),
+    /// Frames that are decompressed on their way.
+    Unpacking(Unpacking<M>),
+}
+
+impl<M> From<Transfer<M>> for Work<M> {
+    fn from(transfer: Transfer<M>) -> Self {
+        Self::Transfer(transfer)
+    }
+}
+
+impl<M> From<Unpacking<M>> for Work<M> {
+    fn from(unpacking: Unpacking<M>) -> Self {
+        Self::Unpacking(unpacking)
+    }
+}
+
+impl<M: Memory> Work<M> {
+    /// How long an attempt may take, in bytes that are copied in this time.
+    #[must_use]
+    pub fn weight(&self) -> usize {
+        match self {
+            Self::Transfer(transfer) => transfer.length(),
+            Self::Unpacking(unpacking) => unpacking.weight(),
+        }
+    }
+
+    /// Whether it may be that a thread can do it as well as an attempt: see [`Transfer::is_copy`].
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn suits_a_thread(&mut self) -> io::Result<bool> {
+        match self {
+            Self::Transfer(transfer) => transfer.is_copy(),
+            Self::Unpacking(_) => Ok(true),
+        }
+    }
+
+    /// See [`Transfer::attempt`] and [`Unpacking::attempt`].
+    ///
+    /// # Errors
+    /// Theirs.
+    pub fn attempt(&mut self) -> io::Result<bool> {
+        match self {
+            Self::Transfer(transfer) => transfer.attempt(),
+            Self::Unpacking(unpacking) => unpacking.attempt(),
+        }
+    }
+
+    /// Does all that is left, and waits for it.
+    ///
+    /// # Errors
+    /// See [`Transfer::block`] and [`Unpacking::block`].
+    pub fn block(&mut self) -> io::Result<()> {
+        match self {
+            Self::Transfer(transfer) => transfer.block(),
+            Self::Unpacking(unpacking) => unpacking.block(),
+        }
+    }
+
+    fn lane(&self) -> threads::Lane {
+        match self {
+            Self::Transfer(transfer) => transfer.lane(),
+            Self::Unpacking(unpacking) => unpacking.lane(),
+        }
     }
 }
 

@@ -1,8 +1,12 @@
 //! Frames of zstd (RFC 8878) that hold units of one size, such as the clusters of an image: many in one call.
 
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use zstd_safe::{CCtx, CParameter, DCtx};
+
+/// Bytes of room for what is stored that are kept with a decompressor.
+const KEPT: usize = 1 << 20;
 
 /// What compresses and decompresses; usable from several threads at once.
 ///
@@ -12,7 +16,27 @@ pub struct Frames {
     unit: usize,
     level: i32,
     compressors: Mutex<Vec<CCtx<'static>>>,
-    decompressors: Mutex<Vec<(DCtx<'static>, Vec<u8>)>>,
+    decompressors: Mutex<Vec<Decompressor>>,
+}
+
+/// What decompresses one frame after the other.
+pub struct Decompressor {
+    context: DCtx<'static>,
+    unit: Vec<u8>,
+    /// Room for what is stored; whoever uses it finds what others have left.
+    pub stored: Vec<u8>,
+}
+
+impl Decompressor {
+    /// The unit that a frame holds. What lies behind the frame is ignored; its checksum is verified if it has one.
+    ///
+    /// `None`: it is damaged, cut off or not of a unit.
+    pub fn unit(&mut self, frame: &[u8]) -> Option<&[u8]> {
+        let length = zstd_safe::find_frame_compressed_size(frame);
+        let done =
+            length.and_then(|length| self.context.decompress(self.unit.as_mut_slice(), &frame[..length]));
+        (done == Ok(self.unit.len())).then_some(&*self.unit)
+    }
 }
 
 /// What became of a unit: bytes of its frame, 0 if all of it is zero, and their CRC-32.
@@ -84,24 +108,37 @@ impl Frames {
         frames: impl IntoIterator<Item = &'a [u8]>,
         mut each: impl FnMut(&[u8]),
     ) -> Result<(), usize> {
-        let kept = lock(&self.decompressors).pop();
-        let Some((mut context, mut room)) =
-            kept.or_else(|| DCtx::try_create().map(|context| (context, vec![0; self.unit])))
-        else {
-            return Err(0);
-        };
+        let mut decompressor = self.decompressor().map_err(|_| 0usize)?;
         let mut found = Ok(());
         for (number, frame) in frames.into_iter().enumerate() {
-            let length = zstd_safe::find_frame_compressed_size(frame);
-            let done = length.and_then(|length| context.decompress(room.as_mut_slice(), &frame[..length]));
-            if done != Ok(self.unit) {
+            let Some(unit) = decompressor.unit(frame) else {
                 found = Err(number);
                 break;
-            }
-            each(&room);
+            };
+            each(unit);
         }
-        lock(&self.decompressors).push((context, room));
+        self.keep(decompressor);
         found
+    }
+
+    /// A decompressor, to be given back by [`Frames::keep`].
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn decompressor(&self) -> io::Result<Decompressor> {
+        if let Some(kept) = lock(&self.decompressors).pop() {
+            return Ok(kept);
+        }
+        let context = DCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Decompressor { context, unit: vec![0; self.unit], stored: Vec::new() })
+    }
+
+    /// Keeps a decompressor for others.
+    pub fn keep(&self, mut decompressor: Decompressor) {
+        if decompressor.stored.capacity() > KEPT {
+            decompressor.stored = Vec::new();
+        }
+        lock(&self.decompressors).push(decompressor);
     }
 }
 

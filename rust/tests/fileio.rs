@@ -478,7 +478,7 @@ fn an_answer_does_not_take_the_memory_from_a_transfer() {
         sender.write_all(&[0xee; BLOCK]).unwrap();
         let finished = wait(&mut queue);
         finished.result.unwrap();
-        drop(finished.transfer);
+        drop(finished.work);
         for (round, claim) in others.into_iter().enumerate() {
             let mut found = vec![0; BLOCK];
             claim.data_in().read(0, &mut found);

@@ -4,10 +4,12 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 
 use memmap2::{MmapMut, MmapRaw};
+use smallvec::SmallVec;
 
 use crate::device::Claim;
 use crate::scsi::DataBuffer;
@@ -102,6 +104,71 @@ unsafe impl Memory for () {
     }
 
     fn pieces(&self, _start: usize, _each: &mut dyn FnMut(*mut u8, usize)) {}
+}
+
+/// A place in lent memory, which stays where it is as long as this lives: for code that moves the bytes itself.
+pub struct Walk<M> {
+    pieces: SmallVec<[(*mut u8, usize); 4]>,
+    piece: usize,
+    at: usize,
+    memory: M,
+}
+
+// SAFETY: the pointers are into memory that `memory` keeps valid and in place; that may go to another thread, and what
+// it lends is no thread's own.
+unsafe impl<M: Memory> Send for Walk<M> {}
+
+impl<M: Memory> Walk<M> {
+    /// Begins at the first byte. Who calls [`Walk::write`] needs memory that is valid for writes.
+    #[must_use]
+    pub fn new(memory: M) -> Self {
+        let mut pieces = SmallVec::new();
+        memory.pieces(0, &mut |pointer, length| pieces.push((pointer, length)));
+        Self { pieces, piece: 0, at: 0, memory }
+    }
+
+    /// What is walked over.
+    #[must_use]
+    pub fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// Copies the next bytes out; fewer, if there are no more.
+    pub fn read(&mut self, into: &mut [u8]) {
+        self.advance(into.len(), |from, range| {
+            let into = &mut into[range];
+            // SAFETY: both sides are valid for the length of `into` (`advance`), which nothing else has while it is ours.
+            unsafe { ptr::copy_nonoverlapping(from.cast_const(), into.as_mut_ptr(), into.len()) };
+        });
+    }
+
+    /// Copies the next bytes in; fewer, if there is no more room.
+    pub fn write(&mut self, from: &[u8]) {
+        self.advance(from.len(), |into, range| {
+            let from = &from[range];
+            // SAFETY: as in `read`, the other way; the memory is for writing.
+            unsafe { ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) };
+        });
+    }
+
+    fn advance(&mut self, length: usize, mut copy: impl FnMut(*mut u8, Range<usize>)) {
+        let mut done = 0;
+        while done < length
+            && let Some(&(pointer, size)) = self.pieces.get(self.piece)
+        {
+            let part = (size - self.at).min(length - done);
+            // SAFETY:
+            // - `at` is at most `size`, and the piece is valid for `size` bytes: that is `Memory`'s promise;
+            // - it stays so as long as this lives, and has the memory.
+            copy(unsafe { pointer.add(self.at) }, done..done + part);
+            done += part;
+            self.at += part;
+            if self.at == size {
+                self.piece += 1;
+                self.at = 0;
+            }
+        }
+    }
 }
 
 /// Memory that begins and ends at pages, to go between a file opened with O_DIRECT and memory that does not.

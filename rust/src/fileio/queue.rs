@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::Transfer;
+use super::Work;
 use super::memory::Memory;
 use super::threads::{Job, Lane, Threads};
 use super::uring::Uring;
@@ -30,31 +30,31 @@ pub struct Finished<M> {
     /// How it ended. ECANCELED is the doing of [`Queue::cancel`].
     pub result: io::Result<()>,
     /// What it was, with the memory, which nobody uses any more.
-    pub transfer: Transfer<M>,
+    pub work: Work<M>,
 }
 
 /// What a thread does.
 struct Task<M> {
     ticket: Ticket,
-    transfer: Transfer<M>,
+    work: Work<M>,
     result: io::Result<()>,
 }
 
 impl<M: Memory + 'static> Job for Task<M> {
     fn lane(&self) -> Lane {
-        self.transfer.lane()
+        self.work.lane()
     }
 
     fn run(&mut self) {
         // Somebody waits for it, whatever happens.
-        self.result = panic::catch_unwind(AssertUnwindSafe(|| self.transfer.block()))
+        self.result = panic::catch_unwind(AssertUnwindSafe(|| self.work.block()))
             .unwrap_or_else(|_| Err(io::Error::other("a defect: the transfer panicked")));
     }
 }
 
 impl<M> Task<M> {
     fn finished(self) -> Finished<M> {
-        Finished { ticket: self.ticket, result: self.result, transfer: self.transfer }
+        Finished { ticket: self.ticket, result: self.result, work: self.work }
     }
 }
 
@@ -108,19 +108,18 @@ impl<M: Memory + 'static> Queue<M> {
         self.in_threads + self.uring.as_ref().map_or(0, Uring::outstanding)
     }
 
-    /// Takes what [`Transfer::attempt`] has left of a transfer. It begins with the next [`Queue::finish`], together with
-    /// all that is started until then.
-    pub fn start(&mut self, transfer: Transfer<M>) -> Ticket {
+    /// Takes what [`Work::attempt`] has left. It begins with the next [`Queue::finish`], together with all that is
+    /// started until then.
+    pub fn start(&mut self, work: impl Into<Work<M>>) -> Ticket {
         self.set_due();
-        if let Some(uring) = &mut self.uring
-            && transfer.tries
-        {
-            return uring.start(transfer);
-        }
+        let work = match (work.into(), &mut self.uring) {
+            (Work::Transfer(transfer), Some(uring)) if transfer.tries => return uring.start(transfer),
+            (work, _) => work,
+        };
         self.started += 1;
         let ticket = Ticket(self.started | THREADS);
         self.in_threads += 1;
-        self.threads.start(Task { ticket, transfer, result: Ok(()) });
+        self.threads.start(Task { ticket, work, result: Ok(()) });
         ticket
     }
 

@@ -56,6 +56,14 @@ pub(super) fn vectored<M: Memory>(
     check(unsafe { call(transfer.fd, vectors.0.as_ptr(), count, offset, flags) })
 }
 
+/// `preadv2(2)` into memory of ours. Fewer bytes than that has room for: the file ends, or not all of it is there at once.
+pub(super) fn read(fd: RawFd, into: &mut [u8], offset: u64, flags: libc::c_int) -> io::Result<usize> {
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let vector = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    // SAFETY: one vector, of memory that is borrowed for the call and nobody else's meanwhile.
+    check(unsafe { libc::preadv2(fd, &raw const vector, 1, offset, flags) })
+}
+
 /// `fdatasync(2)`.
 pub(super) fn sync(fd: RawFd) -> io::Result<usize> {
     // SAFETY: no memory is involved.

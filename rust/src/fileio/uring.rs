@@ -280,7 +280,7 @@ fn release<M>(
 ) -> Option<Finished<M>> {
     let slot = slots[index as usize].take()?;
     free.push(index);
-    Some(Finished { ticket: slot.ticket, result, transfer: slot.transfer })
+    Some(Finished { ticket: slot.ticket, result, work: slot.transfer.into() })
 }
 
 impl<M: Memory> Drop for Uring<M> {

@@ -15,10 +15,12 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 
+use super::exceptions::DamagedFrameError;
 use super::methods::{Engine, Methods, Waiting};
 use crate::fileio::memory::{Lent, Memory};
 use crate::fileio::queue::{Queue, Ticket};
-use crate::fileio::{self, Operation};
+use crate::fileio::unpacking::Damaged;
+use crate::fileio::{self, Operation, Work};
 
 /// From so many bytes on a copy is worth the handing over of the interpreter (about 0.1 us, see `bench/RESULTS.md`).
 pub const RELEASE: usize = 128 << 10;
@@ -72,11 +74,11 @@ unsafe impl Memory for Held {
 }
 
 enum State {
-    New(fileio::Transfer<Held>),
+    New(Work<Held>),
     /// To be yielded to the engine.
-    Due(fileio::Transfer<Held>),
+    Due(Work<Held>),
     /// The engine has been told.
-    Told(fileio::Transfer<Held>),
+    Told(Work<Held>),
     Begun,
 }
 
@@ -90,14 +92,14 @@ pub struct Transfer {
 
 impl Transfer {
     /// What `what`, a name of a function, returns.
-    pub fn new(what: &'static str, fd: RawFd, operation: Operation, offset: u64, memory: Held) -> Self {
-        let transfer = fileio::Transfer::new(fd, operation, offset, memory);
-        Self { large: transfer.length() >= RELEASE, state: Mutex::new(State::New(transfer)), what }
+    pub fn new(what: &'static str, work: impl Into<Work<Held>>) -> Self {
+        let work = work.into();
+        Self { large: work.weight() >= RELEASE, state: Mutex::new(State::New(work)), what }
     }
 
-    fn take(&self) -> PyResult<fileio::Transfer<Held>> {
+    fn take(&self) -> PyResult<Work<Held>> {
         match mem::replace(&mut *lock(&self.state), State::Begun) {
-            State::New(transfer) | State::Due(transfer) | State::Told(transfer) => Ok(transfer),
+            State::New(work) | State::Due(work) | State::Told(work) => Ok(work),
             State::Begun => Err(PyRuntimeError::new_err("a transfer can be awaited once")),
         }
     }
@@ -109,6 +111,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// An `OSError` with an errno, so that it is of the right class and can become sense data.
 fn os_error(error: &io::Error) -> PyErr {
+    if let Some(damaged) = error.get_ref().and_then(|inner| inner.downcast_ref::<Damaged>()) {
+        return DamagedFrameError::new_err((damaged.to_string(), damaged.number));
+    }
     match error.raw_os_error() {
         Some(number) => {
             // Python says the number itself.
@@ -127,24 +132,24 @@ impl Transfer {
     fn __await__<'py>(slf: Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
         let this = slf.get();
-        let mut transfer = this.take()?;
+        let mut work = this.take()?;
         let large = this.large;
         let shares = |engine: &Engine| large && engine.more && engine.queue.get().has_idle_thread();
         let engine = Engine::current(shares);
         let over = match engine {
             // Others are to be served meanwhile.
-            Some(true) if transfer.is_copy().map_err(|error| os_error(&error))? => Ok(false),
-            _ if large => py.detach(|| transfer.attempt()),
-            _ => transfer.attempt(),
+            Some(true) if work.suits_a_thread().map_err(|error| os_error(&error))? => Ok(false),
+            _ if large => py.detach(|| work.attempt()),
+            _ => work.attempt(),
         };
         if over.map_err(|error| os_error(&error))? {
             return Ok(slf.into_any());
         }
         if engine.is_some() {
-            *lock(&this.state) = State::Due(transfer);
+            *lock(&this.state) = State::Due(work);
             return Ok(slf.into_any());
         }
-        *lock(&this.state) = State::New(transfer);
+        *lock(&this.state) = State::New(work);
         let finish = FINISH
             .get_or_try_init(py, || py.import("tcmu_rs._files")?.getattr("finish").map(Bound::unbind))?;
         finish.bind(py).call1((slf,))?.call_method0("__await__")
@@ -158,7 +163,7 @@ impl Transfer {
     fn __next__(slf: Bound<'_, Self>) -> Option<Bound<'_, Self>> {
         let mut state = lock(&slf.get().state);
         match mem::replace(&mut *state, State::Begun) {
-            State::Due(transfer) => *state = State::Told(transfer),
+            State::Due(work) => *state = State::Told(work),
             other => {
                 *state = other;
                 return None;
@@ -253,8 +258,8 @@ impl FileQueue {
 
     /// Takes a transfer, to begin with the next `finish`, which is due then; returns its ticket.
     fn start(&self, transfer: &Transfer) -> PyResult<u64> {
-        let transfer = transfer.take()?;
-        self.with(|queue| queue.start(transfer).0)
+        let work = transfer.take()?;
+        self.with(|queue| queue.start(work).0)
     }
 
     /// Asks for an early end, with the next `finish`, which is due then.
@@ -288,7 +293,7 @@ impl FileQueue {
         for done in finished {
             // The memory goes back before anybody learns that it is over; and not under the lock, for the objects that
             // it is of may be gone with it.
-            drop(done.transfer);
+            drop(done.work);
             let ticket = done.ticket.0;
             let error = done.result.err().map(|error| os_error(&error));
             let waiting = lock(&self.waiting).remove(&ticket);
@@ -333,12 +338,13 @@ fn wake(py: Python<'_>, woken: Vec<Py<PyAny>>) {
 #[pyfunction]
 #[pyo3(signature = (fd, /))]
 pub fn fdatasync(fd: RawFd) -> Transfer {
-    Transfer::new("fdatasync", fd, Operation::Sync, 0, Held::Nothing)
+    Transfer::new("fdatasync", fileio::Transfer::new(fd, Operation::Sync, 0, Held::Nothing))
 }
 
 /// Changes the space that a range of a file has, as fallocate(2): to be awaited.
 #[pyfunction]
 #[pyo3(signature = (fd, mode, offset, length, /))]
 pub fn fallocate(fd: RawFd, mode: i32, offset: u64, length: u64) -> Transfer {
-    Transfer::new("fallocate", fd, Operation::Allocate { mode, length }, offset, Held::Nothing)
+    let operation = Operation::Allocate { mode, length };
+    Transfer::new("fallocate", fileio::Transfer::new(fd, operation, offset, Held::Nothing))
 }

@@ -1,13 +1,16 @@
 //! [`crate::frames`] for Python, on the memory of commands.
 
 use std::mem;
-use std::sync::{Mutex, PoisonError};
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::fileio::Transfer;
 use super::iovec::{IoVec, append_bytes};
+use crate::fileio::unpacking::{Mismatch, Place, Unpacking, check};
 use crate::frames::{Frame, Frames};
 
 /// Bytes of units from which on others may run meanwhile: giving the interpreter away and getting it back takes longer
@@ -21,7 +24,7 @@ const KEPT: usize = 1 << 20;
 /// Any thread may use it. Calls for 32 KiB of units and more let other threads run Python meanwhile.
 #[pyclass(frozen, module = "tcmu_rs._native")]
 pub struct ZstdFrames {
-    frames: Frames,
+    frames: Arc<Frames>,
     spare: Mutex<Vec<u8>>,
 }
 
@@ -40,6 +43,10 @@ impl ZstdFrames {
     }
 }
 
+fn mismatch(error: Mismatch) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
 #[pymethods]
 impl ZstdFrames {
     /// Takes the bytes of a unit, 512 to 16 MiB, and the level of compression, 1 to 22.
@@ -52,7 +59,7 @@ impl ZstdFrames {
         if !(1..=22).contains(&level) {
             return Err(PyValueError::new_err(format!("level is {level}; for zstd it is 1 to 22")));
         }
-        Ok(Self { frames: Frames::new(unit, level), spare: Mutex::default() })
+        Ok(Self { frames: Arc::new(Frames::new(unit, level)), spare: Mutex::default() })
     }
 
     /// Compresses units that follow each other; the last one may be shorter.
@@ -95,13 +102,7 @@ impl ZstdFrames {
     ) -> PyResult<usize> {
         let unit = self.frames.unit();
         let total = places.len() * unit;
-        if within >= unit || within + iov.nbytes() > total || within + iov.nbytes() + unit <= total {
-            return Err(PyValueError::new_err(format!(
-                "{} bytes from byte {within} on are not what {} units of {unit} bytes are for",
-                iov.nbytes(),
-                places.len()
-            )));
-        }
+        check(iov.nbytes(), within, places.len(), unit).map_err(mismatch)?;
         let mut source = self.buffer();
         append_bytes(stored, &mut source)?;
         let outside = |&(start, length): &(usize, usize)| {
@@ -127,5 +128,27 @@ impl ZstdFrames {
         let done = if total >= LARGE { py.detach(work) } else { work() };
         self.keep(source);
         Ok(done.err().unwrap_or(places.len()))
+    }
+
+    /// Reads frames out of a file and decompresses them into `iov`: to be awaited, as `IoVec.read_from`.
+    ///
+    /// `places` and `within` are those of `decompress`, but of the file. Less than 128 KiB
+    /// of units that are in the page cache are done at once; else a thread does it, which needs no interpreter. All of it, or an OSError: EIO
+    /// also if a frame is damaged; what is in `iov` is not known then. The descriptor has to stay open meanwhile, and the
+    /// frames have to stay where they are: a place that gets another frame meanwhile gives the data of that.
+    ///
+    /// Raises ValueError if `iov` is not inside the units.
+    #[pyo3(signature = (fd, places, iov, within = 0, /))]
+    fn read_from(
+        &self,
+        py: Python<'_>,
+        fd: RawFd,
+        places: Vec<Place>,
+        iov: &IoVec,
+        within: usize,
+    ) -> PyResult<Transfer> {
+        let memory = iov.hold_for_filling(py)?;
+        let unpacking = Unpacking::new(self.frames.clone(), fd, places, within, memory).map_err(mismatch)?;
+        Ok(Transfer::new("ZstdFrames.read_from", unpacking))
     }
 }

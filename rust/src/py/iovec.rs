@@ -6,7 +6,6 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
-use std::ops::Range;
 use std::os::fd::RawFd;
 use std::ptr;
 use std::sync::Arc;
@@ -16,12 +15,11 @@ use pyo3::exceptions::{PyBufferError, PyIndexError, PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView};
-use smallvec::SmallVec;
 
 use super::fileio::{Held, Transfer};
 use crate::device::Claim;
-use crate::fileio::Operation;
-use crate::fileio::memory::{Lent, Memory};
+use crate::fileio::memory::{Lent, Walk};
+use crate::fileio::{self, Operation};
 use crate::ring::{Buffer, Extent};
 use crate::scsi::DataBuffer;
 
@@ -128,7 +126,7 @@ impl IoVec {
     }
 
     /// A walk over the bytes from the first one on, for code that works on plain memory.
-    pub fn walk(&self, py: Python<'_>, writing: bool) -> PyResult<Walk> {
+    pub fn walk(&self, py: Python<'_>, writing: bool) -> PyResult<Walk<Held>> {
         if writing {
             self.check_writable()?;
         }
@@ -137,10 +135,7 @@ impl IoVec {
         {
             claim.zero_unless_filled();
         }
-        let held = self.hold(py)?;
-        let mut pieces = SmallVec::new();
-        held.pieces(0, &mut |pointer, length| pieces.push((pointer, length)));
-        Ok(Walk { pieces, piece: 0, at: 0, _held: held })
+        Ok(Walk::new(self.hold(py)?))
     }
 
     fn buffer(claim: &Claim, data_in: bool) -> &Buffer {
@@ -206,6 +201,18 @@ impl IoVec {
         }
     }
 
+    /// The memory, for work that says when it has written all of it.
+    pub fn hold_for_filling(&self, py: Python<'_>) -> PyResult<Held> {
+        self.check_writable()?;
+        // All of Data-In counts as written when it is.
+        if self.fills().is_none()
+            && let Source::Command { claim, .. } = &self.source
+        {
+            claim.zero_unless_filled();
+        }
+        self.hold(py)
+    }
+
     pub fn check_length(&self, length: usize, what: &str) -> PyResult<()> {
         if length == self.nbytes {
             return Ok(());
@@ -258,58 +265,6 @@ pub fn append_bytes(object: &Bound<'_, PyAny>, into: &mut Vec<u8>) -> PyResult<(
     // so long; it is new memory, so they do not overlap.
     unsafe { ptr::copy_nonoverlapping(buffer.buf_ptr().cast::<u8>(), into[start..].as_mut_ptr(), length) };
     Ok(())
-}
-
-/// A place in the memory of an [`IoVec`], which stays where it is as long as this lives.
-pub struct Walk {
-    pieces: SmallVec<[(*mut u8, usize); 4]>,
-    piece: usize,
-    at: usize,
-    _held: Held,
-}
-
-// SAFETY: the pointers are into memory that `_held` keeps valid and in place; `Held` may go to another thread, and the
-// memory is no thread's own.
-unsafe impl Send for Walk {}
-
-impl Walk {
-    /// Copies the next bytes out; fewer, if there are no more.
-    pub fn read(&mut self, into: &mut [u8]) {
-        self.advance(into.len(), |from, range| {
-            let into = &mut into[range];
-            // SAFETY: both sides are valid for the length of `into` (`advance`), which nothing else has while it is ours.
-            unsafe { ptr::copy_nonoverlapping(from.cast_const(), into.as_mut_ptr(), into.len()) };
-        });
-    }
-
-    /// Copies the next bytes in; fewer, if there is no more room.
-    pub fn write(&mut self, from: &[u8]) {
-        self.advance(from.len(), |into, range| {
-            let from = &from[range];
-            // SAFETY: as in `read`, the other way; the walk was made for writing.
-            unsafe { ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) };
-        });
-    }
-
-    fn advance(&mut self, length: usize, mut copy: impl FnMut(*mut u8, Range<usize>)) {
-        let mut done = 0;
-        while done < length
-            && let Some(&(pointer, size)) = self.pieces.get(self.piece)
-        {
-            let part = (size - self.at).min(length - done);
-            // SAFETY:
-            // - `at` is at most `size`, and the piece is valid for `size` bytes: checked against the mapping, or
-            //   exported by CPython;
-            // - it stays so as long as this lives, and has `_held`.
-            copy(unsafe { pointer.add(self.at) }, done..done + part);
-            done += part;
-            self.at += part;
-            if self.at == size {
-                self.piece += 1;
-                self.at = 0;
-            }
-        }
-    }
 }
 
 /// A memoryview of bytes over any contiguous buffer. A strided one would be taken for what lies behind its first byte.
@@ -412,14 +367,8 @@ impl IoVec {
     /// is done with it: when it is cancelled, the call returns no earlier. Until then the descriptor has to stay open.
     #[pyo3(signature = (fd, offset, /))]
     fn read_from(&self, py: Python<'_>, fd: RawFd, offset: u64) -> PyResult<Transfer> {
-        self.check_writable()?;
-        // All of Data-In counts as written when it is.
-        if self.fills().is_none()
-            && let Source::Command { claim, .. } = &self.source
-        {
-            claim.zero_unless_filled();
-        }
-        Ok(Transfer::new("IoVec.read_from", fd, Operation::Read, offset, self.hold(py)?))
+        let memory = self.hold_for_filling(py)?;
+        Ok(Transfer::new("IoVec.read_from", fileio::Transfer::new(fd, Operation::Read, offset, memory)))
     }
 
     /// Writes the memory to a file: to be awaited, and as `read_from`. With `fua` it is durable then (RWF_DSYNC).
@@ -431,7 +380,8 @@ impl IoVec {
             claim.zero_unless_filled();
         }
         let operation = Operation::Write { durable: fua };
-        Ok(Transfer::new("IoVec.write_to", fd, operation, offset, self.hold(py)?))
+        let transfer = fileio::Transfer::new(fd, operation, offset, self.hold(py)?);
+        Ok(Transfer::new("IoVec.write_to", transfer))
     }
 
     /// Sets all of the memory to zero.

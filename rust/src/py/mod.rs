@@ -18,6 +18,7 @@ mod xts;
 
 mod exceptions {
     #![allow(missing_docs)]
+    pyo3::import_exception!(tcmu_rs._errors, DamagedFrameError);
     pyo3::import_exception!(tcmu_rs._errors, DeviceRemovedError);
     pyo3::import_exception!(tcmu_rs._errors, RingCorruptError);
     pyo3::import_exception!(tcmu_rs._errors, TransferCancelled);

@@ -3,8 +3,9 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::fileio::RELEASE;
-use super::iovec::{IoVec, Walk};
+use super::fileio::{Held, RELEASE};
+use super::iovec::IoVec;
+use crate::fileio::memory::Walk;
 use crate::xts::{Direction, Xts};
 
 /// Bytes that are taken out of shared memory, worked on, and put where they go: they stay in the first level cache.
@@ -49,7 +50,14 @@ impl AesXts {
         Ok(())
     }
 
-    fn walk(&self, direction: Direction, mut number: u64, from: &mut Walk, into: &mut Walk, mut left: usize) {
+    fn walk(
+        &self,
+        direction: Direction,
+        mut number: u64,
+        from: &mut Walk<Held>,
+        into: &mut Walk<Held>,
+        mut left: usize,
+    ) {
         let mut buffer = [0; STEP];
         while left > 0 {
             let part = &mut buffer[..left.min(STEP)];
