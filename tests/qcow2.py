@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import trio
+
 from tcmu_rs import BlockHandler
 from tcmu_rs.handlers.qcow2.handler import Qcow2Handler
 from tcmu_rs.handlers.qcow2.storage import Storage
@@ -88,6 +90,24 @@ class RecordedStorage(Storage):
 
     def fdatasync(self) -> None:
         self.medium.fdatasync()
+
+    async def sync(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.fdatasync()
+        await trio.lowlevel.checkpoint()
+
+    async def commit(self, offset: int, data: bytes, *, everything: bool) -> None:
+        await trio.lowlevel.checkpoint()
+        self.pwrite(offset, [data])
+        if everything:
+            await self.sync()
+        else:
+            self.sync_range(offset, len(data))
+            await trio.lowlevel.checkpoint()
+
+    def sync_range(self, offset: int, length: int) -> None:
+        """Makes this durable, and nothing else."""
+        self.medium.sync_range(offset, length)
 
     def truncate(self, size: int) -> None:
         with self._guard:

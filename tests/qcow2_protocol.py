@@ -8,7 +8,7 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Container, Generator, Iterable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -22,6 +22,8 @@ HALF = 28  # sectors of half a log
 RULES = {
     "verify": "the last record counts only if the runs that it names are there",
     "sync": "a flush is answered when its fdatasync has returned",
+    "what it names": "a record that names runs is made durable with the whole file, and not alone",
+    "in place": "so is one that is written after data in place",
     "one at a time": "the next record is written only when the fdatasync of the last one has returned",
     "plain first": "maps to plain clusters get into a record only when their data is durable",
     "no early reuse": "a freed place is used again only when the record that freed it is durable",
@@ -56,30 +58,41 @@ class Disk:
 
     def __init__(self) -> None:
         self.durable: dict[Any, Any] = {}
-        self.pending: list[tuple[Any, Any]] = []
+        self.pending: list[tuple[Any, Any] | None] = []
         self.synced = 0
 
     def write(self, sector: Any, value: Any) -> None:
         self.pending.append((sector, value))
 
     def read(self, sector: Any) -> Any:
-        return next((value for at, value in reversed(self.pending) if at == sector), self.durable.get(sector))
+        newest = (entry[1] for entry in reversed(self.pending) if entry is not None and entry[0] == sector)
+        return next(newest, self.durable.get(sector))
 
     def sync(self) -> Step:
         """What was written before it began is durable when it has returned."""
         begin = self.synced + len(self.pending)
         yield
         count = max(begin - self.synced, 0)
-        self.durable.update(self.pending[:count])
+        self.durable.update(entry for entry in self.pending[:count] if entry is not None)
         del self.pending[:count]
         self.synced += count
+
+    def sync_alone(self, sectors: Container[Any]) -> Step:
+        """Of what was written before it began these sectors are durable when it has returned, and no others."""
+        begin = self.synced + len(self.pending)
+        yield
+        for number, entry in enumerate(self.pending[: max(begin - self.synced, 0)]):
+            if entry is not None and entry[0] in sectors:
+                self.durable[entry[0]] = entry[1]
+                self.pending[number] = None
 
     def cut(self, random: Random) -> None:
         """The power fails."""
         share = random.choice([0.0, 0.2, 0.5, 0.8, 1.0])
         versions: dict[Any, list[Any]] = {}
-        for sector, value in self.pending:
-            versions.setdefault(sector, []).append(value)
+        for entry in self.pending:
+            if entry is not None:
+                versions.setdefault(entry[0], []).append(entry[1])
         for sector, values in versions.items():
             if random.random() < share:
                 self.durable[sector] = random.choice([values[-1], random.choice(values)])
@@ -111,6 +124,7 @@ class Record:
     extents: list[tuple[int, Blob]]
     pieces: dict[tuple[int, int], int]
     images: bool = False
+    overwrote: bool = False
 
     @property
     def sectors(self) -> int:
@@ -135,6 +149,7 @@ class Engine:
     settled: set[int] = field(default_factory=set)
     extents: list[tuple[int, Blob]] = field(default_factory=list)
     plain_unsynced: set[int] = field(default_factory=set)
+    overwrote: bool = False
     freed: set[int] = field(default_factory=set)
     freed_metadata: set[int] = field(default_factory=set)
     waiting_metadata: set[int] = field(default_factory=set)
@@ -219,6 +234,7 @@ class Engine:
         entry = self.entry(cluster)
         if entry is not None and entry[0] == "plain" and cluster not in self.dirty and cluster not in self.destaging:
             self.disk.write(("plain", entry[1], block), value)
+            self.overwrote = True
             return
         self.dirty.setdefault(cluster, {})[block] = value
         self.unlogged.add((cluster, block))
@@ -292,7 +308,8 @@ class Engine:
             yield from self.checkpoint()
             return
         if not (record.pages or record.pieces or record.settled or record.extents):
-            yield from self.disk.sync()
+            if record.overwrote:
+                yield from self.disk.sync()
             self.logging = False
             return
         yield from self.append(record)
@@ -304,6 +321,7 @@ class Engine:
     def plain_first(self) -> Step:
         while self.plain_unsynced and self.has("plain first"):
             now = set(self.plain_unsynced)
+            self.overwrote = False
             yield from self.disk.sync()
             self.plain_unsynced -= now
         self.plain_unsynced.clear()
@@ -324,14 +342,15 @@ class Engine:
             extents=list(self.extents),
             pieces={(cluster, block): self.dirty[cluster][block] for cluster, block in pieces},
             images=images,
+            overwrote=self.overwrote,
         )
-        self.taken = (self.changed, self.settled, self.extents, self.unlogged)
-        self.changed, self.settled, self.extents, self.unlogged = {}, set(), [], set()
+        self.taken = (self.changed, self.settled, self.extents, self.unlogged, self.overwrote)
+        self.changed, self.settled, self.extents, self.unlogged, self.overwrote = {}, set(), [], set(), False
         return found
 
     def unrecord(self) -> None:
         """Gives back what `record` has taken last."""
-        self.changed, self.settled, self.extents, self.unlogged = self.taken
+        self.changed, self.settled, self.extents, self.unlogged, self.overwrote = self.taken
 
     def append(self, record: Record) -> Step:
         """Writes a record behind the last one, and makes it durable with all that it names."""
@@ -340,12 +359,14 @@ class Engine:
             self.free |= freed
         self.waiting_metadata |= self.freed_metadata
         self.freed_metadata = set()
-        for number in range(record.sectors):
-            self.disk.write(("log", self.half, self.at + number), (record, number))
+        sectors = [("log", self.half, self.at + number) for number in range(record.sectors)]
+        for number, sector in enumerate(sectors):
+            self.disk.write(sector, (record, number))
         self.at += record.sectors
         self.seq += 1
+        whole_file = (record.extents and self.has("what it names")) or (record.overwrote and self.has("in place"))
         if self.has("sync images" if record.images else "sync"):
-            yield from self.disk.sync()
+            yield from self.disk.sync() if whole_file else self.disk.sync_alone(sectors)
         self.free |= freed
 
     def checkpoint(self) -> Step:

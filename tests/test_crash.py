@@ -89,6 +89,23 @@ def test_what_a_power_cut_leaves() -> None:
     assert garbage.read(0, 512) == b"a" * 512
 
 
+def test_a_synced_range_survives_and_nothing_else_for_certain() -> None:
+    medium = Medium(Image(4096))
+    medium.pwrite(b"a" * 2048, 0)
+    medium.pwrite(b"b" * 1024, 512)
+    medium.sync_range(512, 512)
+    medium.pwrite(b"c" * 512, 512)
+    medium.pwrite(b"d" * 512, 4096)
+    cuts = [Cut(3, "none")] + [Cut(5, kept, seed) for seed in range(60) for kept in ("few", "some", "most")]
+    left = [medium.after(cut) for cut in cuts]
+    assert left[0].read(0, 4096) == bytes(512) + b"b" * 512 + bytes(3072)
+    assert {image.read(512, 1) for image in left} == {b"b", b"c"}
+    assert {image.read(1024, 1) for image in left} == {b"\0", b"a", b"b"}
+    assert {image.read(0, 1) for image in left} == {b"\0", b"a"}
+    medium.sync_range(4096, 512)
+    assert {medium.after(Cut(6, "few", seed)).size for seed in range(60)} == {4608}
+
+
 @needs_fuse
 def test_a_recorded_file_is_a_file() -> None:
     medium = Medium(Image(1 << 20))

@@ -414,6 +414,14 @@ class _BrokenStorage(Storage):
             raise OSError(errno.EIO, "Input/output error")
         super().fdatasync()
 
+    async def sync(self) -> None:
+        self.fdatasync()
+
+    async def commit(self, offset: int, data: bytes, *, everything: bool) -> None:
+        if self.broken:
+            raise OSError(errno.EIO, "Input/output error")
+        await super().commit(offset, data, everything=everything)
+
 
 async def test_a_failed_flush_is_never_forgotten(tmp_path: Path, log: Log) -> None:
     path = tmp_path / "disk.qcow2"

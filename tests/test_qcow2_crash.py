@@ -15,6 +15,7 @@ from tcmu_rs.handlers.luks import LuksHandler
 from tcmu_rs.handlers.qcow2 import Qcow2Handler
 from tcmu_rs.handlers.qcow2 import log as log_module
 from tcmu_rs.handlers.qcow2.changes import Changes
+from tcmu_rs.handlers.qcow2.log import Record
 from tcmu_rs.handlers.qcow2.pages import Pages
 from tcmu_rs.handlers.qcow2.writer import Writer
 from tcmu_rs.testing.crash import LostWrite, Medium, check_power_cuts, recorded_file
@@ -162,10 +163,21 @@ def write_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pages, "take_changes", only_changes)
 
 
+def make_the_record_durable_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Record, "needs_data", False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "leave_out",
-    [forget_the_pieces, forget_what_is_settled, use_freed_space_at_once, trust_the_last_record, write_no_images],
+    [
+        forget_the_pieces,
+        forget_what_is_settled,
+        use_freed_space_at_once,
+        trust_the_last_record,
+        write_no_images,
+        make_the_record_durable_alone,
+    ],
 )
 async def test_a_rule_of_the_real_code_left_out_is_found(
     leave_out: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log

@@ -131,6 +131,13 @@ class Watched(Storage):
         super().fdatasync()
         self.events.append((self.path.suffix, "sync"))
 
+    async def sync(self) -> None:
+        self.fdatasync()
+
+    async def commit(self, offset: int, data: bytes, *, everything: bool) -> None:
+        self.pwrite(offset, [data])
+        self.fdatasync()
+
 
 async def test_data_is_durable_before_the_record_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
@@ -237,6 +244,9 @@ class InPart(qcow2.RecordedStorage):
 
     def pwrite(self, offset: int, views: Sequence[Any]) -> None:
         super().pwrite(self.base + offset, views)
+
+    def sync_range(self, offset: int, length: int) -> None:
+        super().sync_range(self.base + offset, length)
 
     def truncate(self, size: int) -> None:
         self.medium.truncate(self.base + size)

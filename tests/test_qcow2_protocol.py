@@ -8,6 +8,8 @@ import pytest
 
 from .qcow2_protocol import RULES, failures
 
+# Where to look for what seldom happens.
+RARE = {"zero the end": 8000}
 TRIALS = int(os.environ.get("TCMU_TRIALS", "1000"))
 
 
@@ -17,4 +19,5 @@ def test_nothing_is_lost() -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_without_this_rule_something_is(rule: str) -> None:
-    assert failures(range(20_000), [rule], enough=1)
+    first = RARE.get(rule, 0)
+    assert failures(range(first, first + 20_000), [rule], enough=1)

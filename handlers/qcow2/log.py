@@ -44,12 +44,19 @@ class Record:
         settled: Guest clusters whose older pieces count no more.
         extents: Offset, length and crc of data that this record needs.
         pieces: Guest offset and bytes.
+        in_place: Data was written in place before, and has to be durable with this.
     """
 
     pages: list[PageChange] = field(default_factory=list)
     settled: list[int] = field(default_factory=list)
     extents: list[tuple[int, int, int]] = field(default_factory=list)
     pieces: list[tuple[int, bytes]] = field(default_factory=list)
+    in_place: bool = False
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it needs what was written to the file before."""
+        return self.in_place or bool(self.extents)
 
 
 def encode(
@@ -210,10 +217,9 @@ class Log:
         at = self._start(self._half) + self._position
         return encode(record, self._seq, self.place.session, self._page_size, at=at, cipher=self._cipher)
 
-    def append(self, data: bytes) -> None:
-        """Writes the next record, which has room, and makes it durable with all that was written before. Blocks."""
-        self._storage.pwrite(self._start(self._half) + self._position, [data])
-        self._storage.fdatasync()
+    async def append(self, data: bytes, *, everything: bool) -> None:
+        """Writes the next record, which has room, and makes it durable; with `everything` all before it, too."""
+        await self._storage.commit(self._start(self._half) + self._position, data, everything=everything)
         self._position += len(data)
         self._seq += 1
 

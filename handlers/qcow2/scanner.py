@@ -104,14 +104,12 @@ class Scanner:
     def _count_entries(self, tables: Tables, page: Page, step: int) -> None:
         entries = array("Q", bytes(page.data))
         entries.byteswap()
+        place, use, stop, size = tables.place, self._space.use, self._stop, 1 << self._bits
         for entry in entries[::step]:
-            if entry & COMPRESSED:
-                offset, length = tables.place(entry)
-            else:
-                offset, length = entry & OFFSET, 1 << self._bits
+            offset, length = place(entry) if entry & COMPRESSED else (entry & OFFSET, size)
             # What lies behind was written since the scan began, and was counted then.
-            if 0 < offset < self._stop:
-                self._space.use(offset, length)
+            if 0 < offset < stop:
+                use(offset, length)
 
     def _ranges(self) -> Iterator[int]:
         return iter(range(0, self._stop >> self._bits, _CLUSTERS_AT_ONCE))
@@ -120,7 +118,8 @@ class Scanner:
         """Looks at the refcounts of some clusters."""
         refcounts, pending = self._changes.refcounts, self._changes.pending
         log = self._image.log_range
-        for cluster in range(first, min(first + _CLUSTERS_AT_ONCE, self._stop >> self._bits)):
-            offset = cluster << self._bits
-            used = offset in pending or log[0] <= offset < log[1] or refcounts.get(cluster) > 0
+        offset, stop = first << self._bits, min(first + _CLUSTERS_AT_ONCE, self._stop >> self._bits) << self._bits
+        while (offset := self._space.skip(offset, stop)) < stop:
+            used = offset in pending or log[0] <= offset < log[1] or refcounts.get(offset >> self._bits) > 0
             self._space.walk(offset, used=used)
+            offset += 1 << self._bits

@@ -285,30 +285,38 @@ class Space:
 
     def use(self, offset: int, length: int) -> None:
         """One more user of each sector that the range touches."""
-        for first, stop in _regions(offset, length):
+        first, stop = offset >> 9, ((offset + length - 1) >> 9) + 1
+        while first < stop:
+            at = first & (_REGION - 1)
+            end = min(at + stop - first, _REGION)
             users = self._users.get(first >> (_REGION_BITS - 9))
             if users is not None:
-                at = first & (_REGION - 1)
-                users[at : at + stop - first] = users[at : at + stop - first].translate(_ONE_MORE)
+                users[at:end] = users[at:end].translate(_ONE_MORE)
+            first += end - at
 
     def free(self, offset: int, length: int) -> None:
         """One user less; sectors without any are holes, where that is known."""
         self.freed = True
-        for first, stop in _regions(offset, length):
-            users = self._users.get(first >> (_REGION_BITS - 9))
-            if users is None:
-                continue
+        first, stop = offset >> 9, ((offset + length - 1) >> 9) + 1
+        while first < stop:
             at = first & (_REGION - 1)
-            counted = users[at : at + stop - first]
-            users[at : at + stop - first] = counted.translate(_ONE_LESS)
-            start = counted.find(1)
-            while start >= 0:
-                count = len(counted) - start - len(counted[start:].lstrip(b"\x01"))
-                self._add_hole(first + start, count)
-                start = counted.find(1, start + count)
+            end = min(at + stop - first, _REGION)
+            users = self._users.get(first >> (_REGION_BITS - 9))
+            if users is not None:
+                counted = users[at:end]
+                users[at:end] = counted.translate(_ONE_LESS)
+                start = counted.find(1)
+                while start >= 0:
+                    count = len(counted) - start - len(counted[start:].lstrip(b"\x01"))
+                    self._add_hole(first + start, count)
+                    start = counted.find(1, start + count)
+            first += end - at
 
     def _add_hole(self, start: int, count: int) -> None:
         """Sectors are free now, but for those that will be found to be."""
+        if not self._unknown and not self._aside:
+            self.holes.add(start, count)
+            return
         low, high = self._walked // SECTOR, self._unknown // SECTOR
         stop = start + count
         for first, last in ((start, min(stop, low)), (max(start, low, high), stop)):
@@ -379,6 +387,20 @@ class Space:
                 users[sector & (_REGION - 1)] = 255
         if not used:
             self.holes.add(first, self._per_cluster)
+
+    def skip(self, offset: int, stop: int) -> int:
+        """The first cluster from `offset` on that `walk` has to be told of; before it all sectors have users."""
+        while offset < stop:
+            users = self._users.get(offset >> _REGION_BITS)
+            if users is None or self._per_cluster > _REGION:
+                break
+            at = (offset >> 9) & (_REGION - 1)
+            found = users.find(0, at)
+            offset += (found - at if found >= 0 else _REGION - at) // self._per_cluster * self._cluster_size
+            self._walked = offset
+            if found >= 0:
+                break
+        return offset
 
     def walk_free(self, offset: int, stop: int) -> None:
         """Clusters that are all free."""
@@ -469,12 +491,3 @@ class Space:
                 end = start
             else:
                 return -(-end // self._cluster_size) * self._cluster_size
-
-
-def _regions(offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """First sector, and that behind the last, of what a range touches of each region."""
-    first, stop = offset >> 9, ((offset + length - 1) >> 9) + 1
-    while first < stop:
-        step = min(stop, (first | (_REGION - 1)) + 1)
-        yield first, step
-        first = step

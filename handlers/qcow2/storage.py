@@ -12,6 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import trio
+
+from tcmu_rs import IoVec, fdatasync
+
 Buffer = bytes | bytearray | memoryview
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 
@@ -28,7 +32,7 @@ _READ, _WRITE, _RESIZE = 0, 1, 3
 
 
 class Storage:
-    """A file, or a block device. All methods block; any thread may call them.
+    """A file, or a block device. Methods that are no coroutines block, and any thread may call them.
 
     Args:
         path: What to open.
@@ -157,6 +161,21 @@ class Storage:
     def fdatasync(self) -> None:
         """Makes all that was written durable, and the size."""
         os.fdatasync(self._fd)
+
+    async def sync(self) -> None:
+        """The same, without a thread of Python's."""
+        await fdatasync(self._fd)
+
+    async def commit(self, offset: int, data: bytes, *, everything: bool) -> None:
+        """Writes, and makes that durable: alone (RWF_DSYNC), or with `everything` that was written before."""
+        if everything:
+            await trio.to_thread.run_sync(self._commit_everything, offset, data)
+        else:
+            await IoVec([data]).write_to(self._fd, offset, fua=True)
+
+    def _commit_everything(self, offset: int, data: bytes) -> None:
+        self.pwrite(offset, [data])
+        self.fdatasync()
 
     def truncate(self, size: int) -> None:
         """Sets the size."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import trio
@@ -340,7 +340,7 @@ class Writer:
         while True:
             self._check()
             dirty = len(self._pages.dirty) * self._pages.size
-            if dirty + self._promised + worst <= log.half_size // 2:
+            if min(dirty + self._promised + worst, self._all_metadata()) <= log.half_size // 2:
                 return
             if not dirty:
                 if not self._promised:
@@ -694,9 +694,10 @@ class Writer:
         """Bytes of all tables that the map can have, at most."""
         tables = self._image.tables
         l2 = (self._image.size >> self._bits << tables.entry_bits) + 2 * self._cluster_size
-        hosts = (self._space.end >> self._bits) + (2 * _BATCH >> self._bits) + 64
+        # What several that destage at once, and one that writes, may add to the file meanwhile.
+        hosts = (self._space.end >> self._bits) + (16 * _BATCH >> self._bits) + 64
         refcounts = (hosts << self._header.refcount_order >> 3) + 2 * self._cluster_size
-        return l2 + refcounts + 4 * self._cluster_size + 8 * self._pages.size
+        return 8 * tables.l1_entries + l2 + refcounts + 4 * self._cluster_size + 8 * self._pages.size
 
     def _settle(self, jobs: Sequence[Job]) -> None:
         """The data is written: the map may say so."""
@@ -730,13 +731,17 @@ class Writer:
 
     # Commits and checkpoints.
 
-    async def _in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
-        """Runs what makes durable: if it fails, nothing is certain any more."""
+    async def _or_fail(self, work: Awaitable[_T]) -> _T:
+        """Does what makes durable: if it fails, nothing is certain any more."""
         try:
-            return await trio.to_thread.run_sync(function, *arguments)
+            return await work
         except OSError as error:
             self._fail(error)
             raise
+
+    async def _in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """The same for what blocks."""
+        return await self._or_fail(trio.to_thread.run_sync(function, *arguments))
 
     async def _commit(self, *, pieces: bool = True) -> None:
         """One record and one fdatasync; the lock is held.
@@ -753,7 +758,7 @@ class Writer:
                 self._commits += 1
                 if self._unsynced:
                     self._unsynced = False
-                    await self._in_thread(self._payload.storage.fdatasync)
+                    await self._or_fail(self._payload.storage.sync())
             return
         await self._sync_fresh()
         # Until the record is taken nothing more may come in that it has no room for.
@@ -785,8 +790,8 @@ class Writer:
             self._check()
         if self._payload.external:
             # What the record names, and all that was written in place before it was taken.
-            await self._in_thread(self._payload.storage.fdatasync)
-        await self._in_thread(log.append, data)
+            await self._or_fail(self._payload.storage.sync())
+        await self._or_fail(log.append(data, everything=record.needs_data))
         self.counters["commits"] += 1
 
     async def _thin_out(self, limit: int) -> None:
@@ -810,12 +815,14 @@ class Writer:
 
     async def _sync_fresh(self) -> None:
         """Makes plain clusters durable that the next record maps, and lets no more come until it is taken."""
+        fresh, self._changes.fresh = self._changes.fresh, False
+        if not fresh or self._payload.external:
+            # Nobody else is let in before the record is taken.
+            return
         self._gate = trio.Event()
         try:
-            fresh, self._changes.fresh = self._changes.fresh, False
-            if fresh and not self._payload.external:
-                self._unsynced = False
-                await self._in_thread(self._storage.fdatasync)
+            self._unsynced = False
+            await self._or_fail(self._storage.sync())
         except BaseException:
             self._open_gate()
             raise
@@ -833,6 +840,7 @@ class Writer:
         changes = self._changes
         record = Record(self._pages.take_changes(images=images), sorted(changes.settled))
         record.extents = [(offset, length, crc) for offset, (length, crc) in changes.extents.items()]
+        record.in_place = self._unsynced and not self._payload.external
         if images:
             record.pieces = self._cache.logged_pieces()
         elif pieces:

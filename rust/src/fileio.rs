@@ -12,6 +12,8 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU8};
 
 use libc::iovec;
 use smallvec::SmallVec;
@@ -50,6 +52,29 @@ pub enum Operation {
     },
 }
 
+/// What was learnt of the file of a descriptor. Another file may have the descriptor by now: it is never believed for long,
+/// or where more than time depends on it.
+struct Learnt {
+    /// Buffered writes that go to a thread without a question: the file system has said that it does not know `RWF_NOWAIT`
+    /// for them (ext4), and to hear that takes three system calls.
+    unasked: AtomicU8,
+    /// It was in memory: that is asked first, then.
+    in_memory: AtomicBool,
+}
+
+static LEARNT: [Learnt; 1024] =
+    [const { Learnt { unasked: AtomicU8::new(0), in_memory: AtomicBool::new(false) } }; 1024];
+
+impl Learnt {
+    fn of(fd: RawFd) -> Option<&'static Self> {
+        LEARNT.get(usize::try_from(fd).ok()?)
+    }
+
+    fn waits(&self) -> bool {
+        self.unasked.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_ok()
+    }
+}
+
 /// Addresses and lengths for a system call. They are valid as long as the transfer has its memory.
 #[derive(Debug, Default)]
 pub(crate) struct Vectors(SmallVec<[iovec; 4]>);
@@ -64,8 +89,8 @@ pub struct Transfer<M> {
     done: usize,
     memory: M,
     bounce: Option<Bounce>,
-    /// The descriptor goes around the page cache.
-    direct: bool,
+    /// The descriptor goes around the page cache; `None`: nobody has asked.
+    direct: Option<bool>,
     /// The file knows `RWF_NOWAIT`, for this: io_uring may try it without a thread. With one that does not, io_uring asks
     /// the file system whether it can be waited for, and waits for the answer, in our thread: a FUSE server, perhaps in
     /// this very process, would have to give it. Then it takes a thread, which costs ten times what one of ours costs.
@@ -82,7 +107,7 @@ impl<M: Memory> Transfer<M> {
             Operation::Read | Operation::Write { .. } => memory.length(),
             Operation::Sync | Operation::Allocate { .. } => 0,
         };
-        Self { fd, operation, offset, length, done: 0, memory, bounce: None, direct: false, tries: false }
+        Self { fd, operation, offset, length, done: 0, memory, bounce: None, direct: None, tries: false }
     }
 
     /// Bytes that are to be moved.
@@ -103,10 +128,7 @@ impl<M: Memory> Transfer<M> {
     /// What the system says.
     pub fn is_copy(&mut self) -> io::Result<bool> {
         let buffered = matches!(self.operation, Operation::Read | Operation::Write { durable: false });
-        if buffered {
-            self.direct = syscall::is_direct(self.fd)?;
-        }
-        Ok(buffered && !self.direct)
+        Ok(buffered && !self.is_direct()?)
     }
 
     /// Does what can be done without waiting for storage. Returns whether it is over.
@@ -123,8 +145,12 @@ impl<M: Memory> Transfer<M> {
         if self.length == 0 {
             return Ok(true);
         }
-        self.direct = syscall::is_direct(self.fd)?;
-        if self.direct {
+        let plain_write = self.operation == (Operation::Write { durable: false });
+        let learnt = Learnt::of(self.fd);
+        if plain_write && learnt.is_some_and(Learnt::waits) {
+            return Ok(false);
+        }
+        if self.is_direct()? {
             self.tries = syscall::tries_direct(self.fd);
             return Ok(false);
         }
@@ -132,7 +158,8 @@ impl<M: Memory> Transfer<M> {
             return Ok(false);
         }
         let mut vectors = Vectors::default();
-        let mut flags = libc::RWF_NOWAIT;
+        let was_in_memory = learnt.is_some_and(|learnt| learnt.in_memory.load(Relaxed));
+        let mut flags = if was_in_memory && syscall::is_memory(self.fd) { 0 } else { libc::RWF_NOWAIT };
         loop {
             self.gather(&mut vectors);
             match syscall::vectored(self, &vectors, flags) {
@@ -150,7 +177,14 @@ impl<M: Memory> Transfer<M> {
                         }
                         // The file system does not know the flag, or not for this; tmpfs has nothing to wait for.
                         Some(libc::EOPNOTSUPP | libc::EINVAL) if flags != 0 => {
-                            if syscall::is_memory(self.fd) {
+                            let in_memory = syscall::is_memory(self.fd);
+                            if let Some(learnt) = learnt {
+                                learnt.in_memory.store(in_memory, Relaxed);
+                                learnt
+                                    .unasked
+                                    .store(if plain_write && !in_memory { u8::MAX } else { 0 }, Relaxed);
+                            }
+                            if in_memory {
                                 flags = 0;
                                 continue;
                             }
@@ -168,6 +202,7 @@ impl<M: Memory> Transfer<M> {
     /// # Errors
     /// What the system says; [`EndOfFile`] when the file ends before the transfer does.
     pub fn block(&mut self) -> io::Result<()> {
+        self.is_direct()?;
         let mut vectors = Vectors::default();
         loop {
             self.gather(&mut vectors);
@@ -185,10 +220,17 @@ impl<M: Memory> Transfer<M> {
         }
     }
 
+    fn is_direct(&mut self) -> io::Result<bool> {
+        match self.direct {
+            Some(direct) => Ok(direct),
+            None => Ok(*self.direct.insert(syscall::is_direct(self.fd)?)),
+        }
+    }
+
     /// Among whom it queues for a thread.
     fn lane(&self) -> threads::Lane {
         // File systems that cannot say whether a buffered write has to wait have a lock for each file around it.
-        let one_by_one = !self.direct && self.operation == (Operation::Write { durable: false });
+        let one_by_one = self.direct != Some(true) && self.operation == (Operation::Write { durable: false });
         threads::Lane { fd: self.fd, width: if one_by_one { 1 } else { threads::WIDTH } }
     }
 
@@ -223,7 +265,9 @@ impl<M: Memory> Transfer<M> {
                     Ok(false)
                 }
                 // O_DIRECT wants memory that begins and ends at blocks. The kernel's does, that of other layers need not.
-                Some(libc::EINVAL) if self.direct && self.length > 0 && self.bounce.is_none() => {
+                Some(libc::EINVAL)
+                    if self.direct == Some(true) && self.length > 0 && self.bounce.is_none() =>
+                {
                     let bounce = Bounce::new(self.length)?;
                     if self.operation != Operation::Read {
                         bounce.fill_from(&self.memory);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,9 +125,17 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """What had happened at `begin` is durable: everything before that place in the history."""
+    """What had happened at `begin` is durable: everything before that place in the history, or a range of it.
+
+    Attributes:
+        begin: Place in the history.
+        offset: Of the first byte of the range.
+        length: Bytes of the range; None if it is everything.
+    """
 
     begin: int
+    offset: int = 0
+    length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +223,11 @@ class Medium:
             self.image.resize(size)
             self.history.append(Change(size, max(old - size, 0), None, size))
 
+    def sync_range(self, offset: int, length: int) -> None:
+        """Makes durable what was changed before of a range, and nothing else: after a write what RWF_DSYNC does."""
+        with self._lock:
+            self.history.append(Sync(len(self.history), offset, length))
+
     def fdatasync(self) -> None:
         """Makes durable what was changed before."""
         self.end_sync(self.begin_sync())
@@ -234,20 +248,33 @@ class Medium:
         Each sector has, independently of all others, what was durable or what any change since then made of it; with
         `garbage` anything. The size is what was durable or what any change since then made of it.
         """
-        durable = max((event.begin for event in self.history[: cut.after] if isinstance(event, Sync)), default=0)
+        durable = max(
+            (event.begin for event in self.history[: cut.after] if isinstance(event, Sync) and event.length is None),
+            default=0,
+        )
         base = self._first.copy()
         for event in self.history[:durable]:
             _apply(base, event)
         now = base.copy()
         versions: dict[int, list[bytes]] = {}
+        # The place in the history of the change that has made each of them.
+        places: dict[int, list[int]] = {}
         sizes = [base.size]
-        for event in self.history[durable : cut.after]:
+        for place, event in enumerate(self.history[durable : cut.after], durable):
+            if isinstance(event, Sync) and event.length is not None:
+                for sector in _sectors(event.offset, event.length):
+                    count = bisect_left(places.get(sector, ()), event.begin)
+                    if count:
+                        base.write(sector * SECTOR, versions[sector][count - 1])
+                        del versions[sector][:count], places[sector][:count]
+                sizes = [max(size, event.offset + event.length) for size in sizes]
             if not isinstance(event, Change):
                 continue
             _apply(now, event)
             sizes.append(event.size)
-            for sector in _sectors(event):
+            for sector in _sectors(event.offset, event.length):
                 versions.setdefault(sector, []).append(now.read(sector * SECTOR, SECTOR))
+                places.setdefault(sector, []).append(place)
         if cut.kept == "all":
             return now
         if cut.kept == "none":
@@ -255,6 +282,8 @@ class Medium:
         random = Random(f"{cut.after} {cut.kept} {cut.seed}")
         share = {"few": 0.1, "some": 0.5, "most": 0.9}[cut.kept]
         for sector, contents in versions.items():
+            if not contents:
+                continue
             if random.random() < share:
                 # The last of them is the likeliest: a cache writes what it has.
                 content = contents[-1] if random.random() < 0.7 else random.choice(contents)
@@ -275,8 +304,8 @@ def _apply(image: Image, event: Change | Sync | Mark) -> None:
     image.resize(event.size)
 
 
-def _sectors(change: Change) -> Iterator[int]:
-    return iter(range(change.offset // SECTOR, -(-(change.offset + change.length) // SECTOR)))
+def _sectors(offset: int, length: int) -> Iterator[int]:
+    return iter(range(offset // SECTOR, -(-(offset + length) // SECTOR)))
 
 
 class MediumDisk(BlockHandler):
