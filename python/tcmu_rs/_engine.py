@@ -13,8 +13,7 @@ cancels the scope of the command meant; the worker then enters a new one.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -28,16 +27,13 @@ from ._handler import Handler, Verb, has
 from ._kept import Kept
 from ._late import Overseer, Suspended
 from ._polling import Polling
+from ._queue import BATCH, Queue
 from ._workers import Workers
 
-BATCH = 64
-"""Entries taken from the ring at once, and commands between two passes of the loop."""
 SMALLEST = 8
 """Commands that a batch counts for beside its own: answering it is more than them."""
 STEPS = 4
 """Steps of one command between two passes of the loop."""
-LAST_BATCHES = 16
-"""Batches of new commands that a device turns away when it ends; an initiator may send them again at once."""
 
 _Begun = tuple[Coroutine, Any] | BaseException | None
 """How far a command is: a coroutine that has suspended, and what it waits for; what was raised; or not begun."""
@@ -72,15 +68,15 @@ class Engine:
         self._name = name
         self._ring = ring
         self._copy = copy
+        self._queue = Queue(ring)
         self._kept = Kept(ring, name, free_kept)
         self._polling = Polling(ring, busy_poll) if busy_poll > 0 else None
         self._failures = Failures(name, strict=strict)
-        self._overseer = Overseer(name, deadline, self._all_suspended, self._waiting, self._turn_away_late)
+        self._overseer = Overseer(name, deadline, self._all_suspended, self._queue.waiting, self._turn_away_late)
         self._workers = Workers(self._worker, f"<tcmu_rs worker of {name}>")
         self._nursery: trio.Nursery | None = None
-        self._pending: deque[_native.Command] = deque()
-        self._parked: deque[_native.Command] | None = None
-        self._waiting_pieces: dict[int, Piece] = {}
+        # The same object, nearer at hand.
+        self._pending = self._queue.pending
         self._suspended: dict[int, Suspended] = {}
         self._running = 0
         self._copies = 0
@@ -130,14 +126,7 @@ class Engine:
     def close(self) -> None:
         """Answers what was not begun, with a status that makes initiators try again, and lets go of the device."""
         try:
-            self._turn_away([*self._pending, *self._waiting_pieces.values()])
-            self._pending.clear()
-            self._waiting_pieces.clear()
-            for _ in range(LAST_BATCHES):
-                commands, _ = self._ring.drain(BATCH)
-                self._turn_away(commands)
-                if not self._ring.pending():
-                    break
+            self._queue.close()
             self._kept.free()
         except (_errors.DeviceError, OSError):
             # The device is over already: that error is on its way, and nothing can be answered.
@@ -163,7 +152,7 @@ class Engine:
             self._ring.statistics(),
             in_flight=self._ring.in_flight,
             running=self._in_handlers,
-            pending=len(self._waiting()),
+            pending=len(self._queue.waiting()),
             late=self._overseer.late(),
             storage=storage,
         )
@@ -176,24 +165,21 @@ class Engine:
         """Runs a piece of a copy among the commands of this device. Returns how it failed, if it did."""
         if self._stopping:
             return NOT_REACHABLE
-        token, granted = self._ring.enter(piece.offset, piece.length)
+        token, is_pending = self._queue.enter(piece)
         try:
-            if granted:
-                self._take(piece)
-            else:
-                self._waiting_pieces[token] = piece
+            if is_pending:
+                self._nudge()
             try:
                 await piece.done.wait()
             except trio.Cancelled:
-                if self._waiting_pieces.pop(token, None) is None:
+                if not self._queue.withdraw(token):
                     self._abort([piece.id])
                     # The handler may be at work on it.
                     with trio.CancelScope(shield=True):
                         await piece.done.wait()
                 raise
         finally:
-            self._ring.leave(token)
-            # Others may have waited for it.
+            self._queue.leave(token)
             self._nudge()
         return piece.failure
 
@@ -217,12 +203,12 @@ class Engine:
     @property
     def is_working(self) -> bool:
         """Whether any command is not over that was taken out of the ring."""
-        waiting = self._pending or self._waiting_pieces or self._dirty
+        waiting = self._queue.has_more() or self._dirty
         return bool(self._in_handlers or self._copies or waiting or self._ring.quiescent_at() is None)
 
     def park(self) -> None:
-        """Keeps commands that come from the handler, which hears of their aborts all the same."""
-        self._parked = deque()
+        """Keeps commands that come from the handler. Their aborts are heard all the same."""
+        self._queue.park()
 
     async def quiesce(self) -> None:
         """Waits, after `park`, until all that has begun is over.
@@ -242,16 +228,12 @@ class Engine:
         Args:
             handler: The one that serves from now on, if it is another one.
         """
-        parked, self._parked, self._quiet = self._parked or (), None, None
+        self._quiet = None
         if handler is not None:
             self._serve(handler)
             intercept = has(handler, "scsi_command")
             self._ring.serve_another(intercept=intercept, fills_reads=getattr(handler, "fills_reads", False))
-        whole = self._calls.has(None)
-        # Each is answered, needs the handler, or has to wait for others and comes out of the ring again.
-        with suppress(_errors.DeviceError):
-            self._pending.extend([cmd for cmd in parked if whole or cmd.emulate()])
-        self._dirty = True
+        self._queue.unpark(whole=self._calls.has(None))
         self._nudge()
 
     def _serve(self, handler: Handler) -> None:
@@ -262,10 +244,10 @@ class Engine:
     def _is_quiet(self) -> bool:
         if self._stopping:
             raise _errors.DeviceError(f"{self._name} ended")
-        if self._in_handlers or self._copies or self._pending or self._waiting_pieces:
+        if self._in_handlers or self._copies or self._queue.has_more():
             return False
         self._commit()
-        return not self._pending and self._ring.in_flight == len(self._parked or ())
+        return self._queue.has_only_parked()
 
     # Workers.
 
@@ -346,21 +328,13 @@ class Engine:
                 await self._polling.wait()
             if self._stopping or self._held is not None:
                 return
-            parked = self._parked
-            commands, notices = self._ring.drain(BATCH, parked is not None)
-            self._taken = taken + SMALLEST + len(commands)
+            count, notices = self._queue.fetch()
+            self._taken = taken + SMALLEST + count
         finally:
             self._pumping = False
         # What the emulation answered is not handed back yet, nor the space of entries that need no answer.
         self._dirty = True
-        if self._waiting_pieces:
-            self._grant()
-        if parked is None:
-            self._pending.extend(commands)
-        else:
-            for cmd in commands:
-                # Those that have waited for others go on with the handler that is there.
-                (parked if cmd.verb is None and cmd.piece is None else self._pending).append(cmd)
+        if self._queue.parked:
             self._oversee()
         for notice in notices:
             self._abort(notice.commands)
@@ -584,16 +558,6 @@ class Engine:
             self._nudge()
             self._is_idle()
 
-    def _take(self, piece: Piece) -> None:
-        self._pending.append(cast("_native.Command", piece))
-        self._nudge()
-
-    def _grant(self) -> None:
-        for token in self._ring.granted():
-            piece = self._waiting_pieces.pop(token, None)
-            if piece is not None:
-                self._take(piece)
-
     def _nudge(self) -> None:
         """Has a worker hand back what was answered, and look for commands that waited."""
         self._dirty = True
@@ -616,40 +580,17 @@ class Engine:
         for transfer in self._calls.methods.suspended():
             if transfer.command.id in ids:
                 transfer.cancel()
-        waiting = [cmd for cmd in self._waiting() if cmd.id in ids and not cmd.answered and not cmd.detach()]
-        for cmd in waiting:
-            self._take_out(cmd)
-            cmd.fail(*ABORTED)
+        self._queue.abort(ids)
 
     def _commit(self) -> None:
         self._dirty = False
-        if self._ring.commit():
-            # Commands that had to wait for others which are answered now.
-            self._pending.extend(self._ring.ready())
-            if self._waiting_pieces:
-                self._grant()
+        if self._queue.commit():
             self._call_workers()
-
-    def _waiting(self) -> list[_native.Command]:
-        return [*self._pending, *(self._parked or ())]
-
-    def _take_out(self, cmd: _native.Command) -> None:
-        (self._pending if cmd in self._pending else self._parked or self._pending).remove(cmd)
 
     def _turn_away_late(self, commands: list[_native.Command]) -> None:
         """Commands that had no turn within the deadline: nothing was done for them, so they may come again."""
-        for cmd in commands:
-            self._take_out(cmd)
-            cmd.fail(*BUSY)
+        self._queue.turn_away(commands)
         self._commit()
-
-    def _turn_away(self, commands: Iterable[_native.Command | Piece]) -> None:
-        for cmd in commands:
-            cmd.fail(*BUSY)
-        # Commands that waited for those come out now, and those that waited for them.
-        while self._ring.commit():
-            for cmd in self._ring.ready():
-                cmd.fail(*BUSY)
 
     def _all_suspended(self) -> list[Suspended]:
         waiting = self._calls.methods.suspended()
