@@ -3,7 +3,8 @@
     python -m bench.lab [--quick] [--write] [--disk] [--only NAME ...]
     python -m bench.lab --tunables [--quick] [--write]
 
-The guest runs in emulation, fifteen to twenty times slower than the machine: only the ratios mean something. Debian's
+The guest runs in emulation, fifteen to twenty times slower than the machine: only the ratios mean something. Its
+processor does not offer `rep movsb`, which is emulated byte by byte: copies would be all that is measured. Debian's
 tcmu-runner has no handler for plain files; its `qcow` handler serves a raw image with `pread` and `pwrite` in C
 threads, and that is what is measured. All files are on the guest's tmpfs, or with `--disk` on ext4 on a virtual disk.
 

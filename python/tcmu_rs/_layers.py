@@ -74,6 +74,8 @@ class Lower:
 
     read: Callable[[int, IoVec], Awaitable[None]]
     """Fills the `IoVec` from a byte offset on."""
+    write: Callable[..., Awaitable[None]]
+    """Stores the `IoVec` from a byte offset on; with `fua=True` it is durable on return."""
     discard: Callable[[int, int], Awaitable[None]]
     """Gives up a range: offset and length."""
     write_zeroes: Callable[[int, int], Awaitable[None]]
@@ -127,7 +129,8 @@ class Lower:
         self.discard = self._awaitable("discard")
         self.write_zeroes = self._awaitable("write_zeroes")
         self.extents = self._awaitable("extents")
-        self._write = self._awaitable("write")
+        self._plain_write = self._awaitable("write")
+        self.write = self._plain_write if handler.native_fua else self._write
         self._flush = self._awaitable("flush")
         self._set_size = self._awaitable("set_size")
 
@@ -145,12 +148,9 @@ class Lower:
         with trio.CancelScope(shield=True):
             await self.aclose()
 
-    async def write(self, offset: int, iov: IoVec, *, fua: bool = False) -> None:
-        """Stores the `IoVec` from a byte offset on; with `fua` it is durable on return."""
-        if fua and self.handler.native_fua:
-            await self._write(offset, iov, fua=True)
-            return
-        await self._write(offset, iov)
+    async def _write(self, offset: int, iov: IoVec, *, fua: bool = False) -> None:
+        """`write` of a handler that does not know FUA."""
+        await self._plain_write(offset, iov)
         if fua:
             await self.flush()
 

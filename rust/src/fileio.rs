@@ -9,8 +9,8 @@
 
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::atomic::AtomicU8;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU8};
 
 use libc::iovec;
 use smallvec::SmallVec;
@@ -49,23 +49,26 @@ pub enum Operation {
     },
 }
 
-/// By descriptor, how many buffered writes go to a thread without a question: the file system has said that it does not
-/// know `RWF_NOWAIT` for them (ext4), and that takes three system calls. Another file may have the descriptor by now, so
-/// they ask again now and then.
-static KNOWN_TO_WAIT: [AtomicU8; 1024] = [const { AtomicU8::new(0) }; 1024];
-
-fn known_to_wait(fd: RawFd) -> Option<&'static AtomicU8> {
-    KNOWN_TO_WAIT.get(usize::try_from(fd).ok()?)
+/// What was learnt of the file of a descriptor. Another file may have the descriptor by now: it is never believed for long,
+/// or where more than time depends on it.
+struct Learnt {
+    /// Buffered writes that go to a thread without a question: the file system has said that it does not know `RWF_NOWAIT`
+    /// for them (ext4), and to hear that takes three system calls.
+    unasked: AtomicU8,
+    /// It was in memory: that is asked first, then.
+    in_memory: AtomicBool,
 }
 
-fn is_known_to_wait(fd: RawFd) -> bool {
-    let less = |left: u8| left.checked_sub(1);
-    known_to_wait(fd).is_some_and(|left| left.fetch_update(Relaxed, Relaxed, less).is_ok())
-}
+static LEARNT: [Learnt; 1024] =
+    [const { Learnt { unasked: AtomicU8::new(0), in_memory: AtomicBool::new(false) } }; 1024];
 
-fn note_that_it_waits(fd: RawFd) {
-    if let Some(left) = known_to_wait(fd) {
-        left.store(u8::MAX, Relaxed);
+impl Learnt {
+    fn of(fd: RawFd) -> Option<&'static Self> {
+        LEARNT.get(usize::try_from(fd).ok()?)
+    }
+
+    fn waits(&self) -> bool {
+        self.unasked.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_ok()
     }
 }
 
@@ -140,7 +143,8 @@ impl<M: Memory> Transfer<M> {
             return Ok(true);
         }
         let plain_write = self.operation == (Operation::Write { durable: false });
-        if plain_write && is_known_to_wait(self.fd) {
+        let learnt = Learnt::of(self.fd);
+        if plain_write && learnt.is_some_and(Learnt::waits) {
             return Ok(false);
         }
         if self.is_direct()? {
@@ -151,7 +155,8 @@ impl<M: Memory> Transfer<M> {
             return Ok(false);
         }
         let mut vectors = Vectors::default();
-        let mut flags = libc::RWF_NOWAIT;
+        let was_in_memory = learnt.is_some_and(|learnt| learnt.in_memory.load(Relaxed));
+        let mut flags = if was_in_memory && syscall::is_memory(self.fd) { 0 } else { libc::RWF_NOWAIT };
         loop {
             self.gather(&mut vectors);
             match syscall::vectored(self, &vectors, flags) {
@@ -169,12 +174,16 @@ impl<M: Memory> Transfer<M> {
                         }
                         // The file system does not know the flag, or not for this; tmpfs has nothing to wait for.
                         Some(libc::EOPNOTSUPP | libc::EINVAL) if flags != 0 => {
-                            if syscall::is_memory(self.fd) {
+                            let in_memory = syscall::is_memory(self.fd);
+                            if let Some(learnt) = learnt {
+                                learnt.in_memory.store(in_memory, Relaxed);
+                                learnt
+                                    .unasked
+                                    .store(if plain_write && !in_memory { u8::MAX } else { 0 }, Relaxed);
+                            }
+                            if in_memory {
                                 flags = 0;
                                 continue;
-                            }
-                            if plain_write {
-                                note_that_it_waits(self.fd);
                             }
                             Ok(false)
                         }
