@@ -64,8 +64,8 @@ async def test_others_run_and_the_device_ends_while_it_looks() -> None:
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             device: Device = await nursery.start(serve)
-            assert device._polling is not None
-            device._polling._window = 3600 * 10**9
+            assert device._engine._polling is not None
+            device._engine._polling._window = 3600 * 10**9
             await trio.to_thread.run_sync(initiate)
             while device.statistics().commands < 8 or device.statistics().in_flight:
                 await trio.lowlevel.checkpoint()
@@ -79,8 +79,8 @@ async def test_handlers_that_wait_have_the_loop() -> None:
     handler = Gated(2)
     instrument = WakeUps()
     async with simulated(handler, busy_poll=3600) as disk:
-        assert disk.device._polling is not None
-        disk.device._polling._window = 3600 * 10**9
+        assert disk.device._engine._polling is not None
+        disk.device._engine._polling._window = 3600 * 10**9
         ticket = disk.submit(read16(0), data_in=BLOCK)
         with trio.fail_after(30):
             await handler_entered(handler)

@@ -70,7 +70,7 @@ async def test_workers_do_not_multiply() -> None:
         tickets = submit_reads(disk, *range(64))
         for block in range(64):
             await wait_all_tasks_blocked()
-            assert disk.device._workers <= handler.max_in_flight + 2
+            assert disk.device._engine._workers.count <= handler.max_in_flight + 2
             handler.open_gate(block)
         for ticket in tickets:
             await disk.wait(ticket)
@@ -238,7 +238,7 @@ async def test_workers_survive_any_number_of_aborts() -> None:
             disk.abort(*tickets)
             for ticket in tickets:
                 assert (await disk.wait(ticket)).status == TASK_ABORTED
-        assert disk.device._workers <= 4
+        assert disk.device._engine._workers.count <= 4
         handler.open_gate(0)
         await disk.read(0, BLOCK)
 

@@ -107,14 +107,14 @@ async def test_the_deadline_covers_all_steps_of_a_command(autojump_clock: MockCl
 async def test_nobody_looks_at_commands_that_do_not_wait() -> None:
     async with simulated(PlainDisk(), deadline=10) as disk:
         await disk.read(0, 1 << 16)
-        assert not disk.device._overseer.running
+        assert not disk.device._engine._overseer.running
 
 
 async def test_an_idle_device_is_left_alone(autojump_clock: MockClock) -> None:
     async with simulated(AsyncDisk(), deadline=10) as disk:
         await disk.read(0, BLOCK)
         await trio.sleep(100)
-        assert not disk.device._overseer.running
+        assert not disk.device._engine._overseer.running
         await disk.read(0, BLOCK)
 
 

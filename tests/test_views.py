@@ -379,7 +379,7 @@ async def test_memory_is_scribbled_over_after_the_answer(log: Log) -> None:
         assert disk.kernel.free_kept(kept)
         assert bytes(handler.kept) == bytes([SCRIBBLE]) * BLOCK
         # There was nothing to be freed when the view went, which must not end the device.
-        disk.device._free_kept = raise_oserror
+        disk.device._engine._kept._tell = raise_oserror
         handler.kept = ()
         await wait_all_tasks_blocked()
         log.expect(f"simulated: the buffer of command {kept} cannot be freed: no such buffer")

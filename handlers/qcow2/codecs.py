@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import zlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import trio
@@ -42,8 +43,8 @@ class Codec:
         """The same for another level."""
         return Codec(self.kind, self._size, level)
 
-    async def read(self, storage: Storage, places: Sequence[Place], iov: IoVec, within: int) -> int:
-        """Reads clusters that follow each other on the disk out of the file; waits, if it has to.
+    def read(self, storage: Storage, places: Sequence[Place], iov: IoVec, within: int) -> Awaitable[None]:
+        """Reads clusters that follow each other on the disk out of the file: to be awaited.
 
         Others run meanwhile: the clusters have to stay where they are, or what is read is not known.
 
@@ -53,27 +54,23 @@ class Codec:
             iov: Where they go.
             within: First byte of the first cluster that is wanted.
 
-        Returns:
-            How many were right. If it is less than there are, the next one is damaged.
-
         Raises:
+            DamagedFrameError: A cluster is damaged.
             OSError: The file cannot be read.
         """
         if self.kind == ZSTD:
-            try:
-                await self._frames.read_from(storage.fileno(), places, iov, within)
-            except DamagedFrameError as error:
-                return error.number
-            return len(places)
-        if len(places) * self._size < _LARGE:
-            try:
-                return self._inflate(storage, places, iov, within, wait=False)
-            except BlockingIOError:
-                pass
-        # Of several large reads one is decompressed beside the other.
-        return await trio.to_thread.run_sync(partial(self._inflate, wait=True), storage, places, iov, within)
+            return self._frames.read_from(storage.fileno(), places, iov, within)
+        return self._inflate_all(storage, places, iov, within)
 
-    def _inflate(self, storage: Storage, places: Sequence[Place], iov: IoVec, within: int, *, wait: bool) -> int:
+    async def _inflate_all(self, storage: Storage, places: Sequence[Place], iov: IoVec, within: int) -> None:
+        if len(places) * self._size < _LARGE:
+            with suppress(BlockingIOError):
+                self._inflate(storage, places, iov, within, wait=False)
+                return
+        # Of several large reads one is decompressed beside the other.
+        await trio.to_thread.run_sync(partial(self._inflate, wait=True), storage, places, iov, within)
+
+    def _inflate(self, storage: Storage, places: Sequence[Place], iov: IoVec, within: int, *, wait: bool) -> None:
         at = 0
         for number, (offset, length) in enumerate(places):
             step = min(self._size - within, iov.nbytes - at)
@@ -82,10 +79,9 @@ class Codec:
                 # The end of the file, or of what is in memory.
                 stored += storage.pread(offset + len(stored), length - len(stored), wait=False)
             if not self.decompress(stored, ((0, len(stored)),), iov.slice(at, at + step), within):
-                return number
+                raise DamagedFrameError(f"cluster {number}, at byte {offset} of the file, is damaged", number)
             at += step
             within = 0
-        return len(places)
 
     def decompress(self, stored: Buffer, places: Sequence[Place], iov: IoVec, within: int) -> int:
         """Decompresses clusters that follow each other on the disk; what follows their compressed form is ignored.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
-from tcmu_rs import IoVec, MediumError
+from tcmu_rs import DamagedFrameError, IoVec, MediumError
 
 from .cache import Entry
 from .codecs import Codec, damage
@@ -413,24 +413,22 @@ class Image:
             reading.image._readings.add(reading)
         try:
             for reading in readings:
-                if not await reading.image._read_compressed(reading):
+                image = reading.image
+                places = [*map(image.tables.place, reading.entries)]
+                try:
+                    await image.codec.read(image.storage, places, reading.iov, reading.within)
+                except DamagedFrameError as error:
+                    if not reading.moved:
+                        raise image._medium_error(reading.cluster + error.number, damage()) from None
+                except OSError:
+                    if not reading.moved:
+                        raise
+                if reading.moved:
                     return False
         finally:
             for reading in readings:
                 reading.image._readings.discard(reading)
         return True
-
-    async def _read_compressed(self, reading: Reading) -> bool:
-        places = [*map(self.tables.place, reading.entries)]
-        try:
-            right = await self.codec.read(self.storage, places, reading.iov, reading.within)
-        except OSError:
-            if not reading.moved:
-                raise
-            return False
-        if right < len(places) and not reading.moved:
-            raise self._medium_error(reading.cluster + right, damage())
-        return not reading.moved
 
     def forget(self, entry: int) -> None:
         """The place of a compressed cluster is given up: another one may get it."""

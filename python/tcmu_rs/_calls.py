@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Coroutine
+import types
+from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Coroutine as AnyCoroutine
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -14,7 +16,8 @@ from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, colour_of, h
 if TYPE_CHECKING:
     from ._late import Overseer
 
-_Call = Callable[["_native.Command"], "Coroutine[Any, Any, Any] | None"]
+Coroutine = AnyCoroutine[Any, Any, Any]
+_Call = Callable[["_native.Command"], Coroutine | None]
 _Finish = Callable[["_native.Command", Any], None]
 _ARGUMENTS: dict[Verb, Callable[[_native.Command], tuple[Any, ...]]] = {
     Verb.READ: lambda cmd: (cmd.offset, cmd.iov),
@@ -24,6 +27,27 @@ _ARGUMENTS: dict[Verb, Callable[[_native.Command], tuple[Any, ...]]] = {
     Verb.WRITE_ZEROES: lambda cmd: (cmd.offset, cmd.length),
     Verb.EXTENTS: lambda cmd: (cmd.offset, cmd.length),
 }
+
+
+@types.coroutine
+def resume(coroutine: Coroutine, trap: Any) -> Generator[Any, Any, Any]:
+    """Goes on with a coroutine that has suspended with `trap`, on behalf of the task that awaits this."""
+    while True:
+        try:
+            value = yield trap
+        except GeneratorExit:
+            coroutine.close()
+            raise
+        except BaseException as error:
+            try:
+                trap = coroutine.throw(error)
+            except StopIteration as stop:
+                return stop.value
+        else:
+            try:
+                trap = coroutine.send(value)
+            except StopIteration as stop:
+                return stop.value
 
 
 class Calls:
@@ -37,7 +61,6 @@ class Calls:
 
     Attributes:
         methods: Those that `Command.run` calls by itself, and the commands that wait in them for a transfer.
-        limiter: For the threads of `@blocking` methods.
     """
 
     def __init__(
@@ -47,7 +70,7 @@ class Calls:
         start_copy: Callable[[_native.Command], None],
         wake: Callable[[], None],
     ) -> None:
-        self.limiter = trio.CapacityLimiter(handler.max_in_flight)
+        self._limiter = trio.CapacityLimiter(handler.max_in_flight)
         self._handler = handler
         self._overseer = overseer
         self._start_copy = start_copy
@@ -58,9 +81,28 @@ class Calls:
         """Whether there is a method for it."""
         return verb in self._calls
 
-    def call(self, verb: int | None, cmd: _native.Command) -> Coroutine[Any, Any, Any] | None:
-        """Calls the method. Returns what is to be run for it, None if it is done."""
-        return self._calls[verb](cmd)
+    def begin(self, verb: int | None, cmd: _native.Command) -> tuple[Coroutine, Any] | None:
+        """Calls the method. Returns its coroutine and what that waits for (see `resume`), if it has suspended.
+
+        Raises:
+            TypeError: It returned something.
+        """
+        coroutine = self._calls[verb](cmd)
+        if coroutine is not None:
+            try:
+                return coroutine, coroutine.send(None)
+            except StopIteration as stop:
+                if stop.value is not None:
+                    self.check_result(verb, stop.value)
+        return None
+
+    async def invoke(self, name: str, *args: Any) -> None:
+        """Calls another method of the handler than those for commands."""
+        method: Callable[..., Any] = getattr(self._handler, name)
+        if colour_of(method) is Colour.BLOCKING:
+            await trio.to_thread.run_sync(method, *args, limiter=self._limiter)
+        elif (result := method(*args)) is not None:
+            await result
 
     def name(self, verb: int | None) -> str:
         """`Class.method`, for people."""
@@ -80,7 +122,7 @@ class Calls:
             return
         what = f"{self.name(verb)}()"
         if isinstance(result, Awaitable):
-            if isinstance(result, Coroutine):
+            if isinstance(result, AnyCoroutine):
                 result.close()
             raise TypeError(f"{what} is a plain function that returned an awaitable: write `async def`")
         raise TypeError(f"{what} returned {result!r}: transfers are whole, return None")
@@ -138,7 +180,7 @@ class Calls:
             call = functools.partial(method, *arguments(cmd), **({"fua": cmd.fua} if fua else {}))
             if colour is Colour.BLOCKING:
                 # Not abandoned on cancel: the thread may still be writing into the data area.
-                result = await trio.to_thread.run_sync(self._in_thread, cmd, call, limiter=self.limiter)
+                result = await trio.to_thread.run_sync(self._in_thread, cmd, call, limiter=self._limiter)
             else:
                 result = await call()
             if finish is not None:

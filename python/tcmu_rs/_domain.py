@@ -55,6 +55,29 @@ class CopyDomain:
         return self._devices.get(naa)
 
 
+async def copy(cmd: _native.Command, home: Device, domain: CopyDomain | None) -> None:
+    """Has the devices do what a copy consists of, piece by piece, up to its answer.
+
+    It runs no handler: a piece is a command of the device that it is for, so a handler is called among its own device's
+    workers only, and not after its end.
+
+    Args:
+        cmd: The copy.
+        home: The device that was asked for it.
+        domain: Where the others are.
+    """
+    while (next_piece := cmd.piece) is not None:
+        naa, verb = next_piece
+        device = home if naa == home._naa else domain._find(naa) if domain is not None else None
+        failure: _errors.Failure | None = NOT_REACHABLE
+        if device is not None:
+            failure = await device.perform(cmd, verb, foreign=device is not home)
+        if failure is not None:
+            cmd.fail(*failure)
+        elif not cmd.advance():
+            break
+
+
 class Piece:
     """What a copy has to read or write next, as a command among those of the unit that it is for.
 

@@ -4,6 +4,9 @@
 //! ([`Transfer::attempt`]); what is left goes on in a [`queue::Queue`], where it stopped: through io_uring, if the file can
 //! tell that it would have to wait (`RWF_NOWAIT`), and else in a thread that may ([`Transfer::block`]).
 //!
+//! An [`Unpacking`] is one, too: it reads frames, and puts what they hold into the memory. Threads do it also for want of
+//! processors, not only of the page cache.
+//!
 //! The memory is behind [`Memory`], and belongs to the transfer from its making to its end. What that end is, the kernel
 //! says: a transfer that nobody waits for any more is not over.
 
@@ -228,7 +231,7 @@ impl<M: Memory> Transfer<M> {
     fn lane(&self) -> threads::Lane {
         // File systems that cannot say whether a buffered write has to wait have a lock for each file around it.
         let one_by_one = self.direct != Some(true) && self.operation == (Operation::Write { durable: false });
-        threads::Lane { fd: self.fd, one_by_one }
+        threads::Lane { fd: self.fd, width: if one_by_one { 1 } else { threads::WIDTH } }
     }
 
     /// Where the next system call begins.
@@ -339,7 +342,7 @@ impl<M: Memory> Work<M> {
     pub fn suits_a_thread(&mut self) -> io::Result<bool> {
         match self {
             Self::Transfer(transfer) => transfer.is_copy(),
-            Self::Unpacking(_) => Ok(true),
+            Self::Unpacking(unpacking) => Ok(unpacking.share()),
         }
     }
 

@@ -2,9 +2,9 @@
 //!
 //! # Theory
 //!
-//! Jobs are in lanes. A lane is a descriptor, and whether jobs on it help each other: buffered writes to one file wait
-//! for each other inside of the kernel, so they have a lane where one runs at a time; everything else has one where many
-//! do. Lanes take turns, so a busy file does not keep others waiting, and a file that hangs takes no more than its lane.
+//! Jobs are in lanes. A lane is a descriptor, and how many jobs on it help each other: buffered writes to one file wait
+//! for each other inside of the kernel, so they have a lane where one runs at a time; what only computes has one for as
+//! many as there are processors to spare; everything else has one where many run. Lanes take turns, so a busy file does not keep others waiting, and a file that hangs takes no more than its lane.
 //!
 //! A few threads are enough as long as none of them hangs: [`CREW`]. One that has been at a job for [`STALL`] is not
 //! counted any more, and if there are turns left another one is called up in its place, up to [`MOST`] in all. He who
@@ -21,6 +21,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::mem;
 use std::os::fd::RawFd;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 #[cfg(loom)]
@@ -39,7 +40,17 @@ const CREW: usize = 4;
 /// Threads in all.
 const MOST: usize = 64;
 /// Jobs of one lane that run at once, if they help each other.
-const WIDTH: usize = 16;
+pub(super) const WIDTH: usize = 16;
+/// Jobs of one lane that run at once if they only compute: one processor is for those who start them.
+pub(super) fn spare() -> usize {
+    static SPARE: OnceLock<usize> = OnceLock::new();
+    *SPARE.get_or_init(|| processors().saturating_sub(1).clamp(1, CREW))
+}
+
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// Jobs that are over before somebody is told, if more of the same lane follow.
 const BATCH: usize = 16;
 /// From when on a thread counts as hanging.
@@ -54,8 +65,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(super) struct Lane {
     /// The file.
     pub(super) fd: RawFd,
-    /// They wait for each other anyway.
-    pub(super) one_by_one: bool,
+    /// Jobs that run at once. One, if they wait for each other anyway.
+    pub(super) width: usize,
 }
 
 /// What a thread does.
@@ -121,13 +132,17 @@ impl<J: Job> Threads<J> {
             abandoned: false,
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), signal });
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { shared, started: Vec::new(), processors }
+        Self { shared, started: Vec::new(), processors: processors() }
     }
 
     /// Takes a job, which begins after the next [`Threads::submit`].
     pub(super) fn start(&mut self, job: J) {
         self.started.push(job);
+    }
+
+    /// Jobs that are not handed over yet.
+    pub(super) fn started(&self) -> usize {
+        self.started.len()
     }
 
     /// Whether a processor is left over for a job: beside the caller's one.
@@ -190,8 +205,7 @@ impl<J> State<J> {
     /// Lets a lane take part if it has something to do, and forgets it if it has not.
     fn give_turn(&mut self, lane: Lane) {
         let Some(line) = self.lanes.get_mut(&lane) else { return };
-        let width = if lane.one_by_one { 1 } else { WIDTH };
-        if !line.has_turn && !line.waiting.is_empty() && line.running < width {
+        if !line.has_turn && !line.waiting.is_empty() && line.running < lane.width {
             line.has_turn = true;
             self.turns.push_back(lane);
         } else if !line.has_turn && line.waiting.is_empty() && line.running == 0 {
@@ -405,7 +419,7 @@ mod tests {
 
         fn start(&mut self, number: usize, fd: RawFd, one_by_one: bool, gate: Option<Receiver<()>>) {
             self.held.fetch_add(1, Ordering::SeqCst);
-            let lane = Lane { fd, one_by_one };
+            let lane = Lane { fd, width: if one_by_one { 1 } else { WIDTH } };
             self.threads.start(Gate { number, lane, gate, held: self.held.clone() });
         }
 
@@ -547,7 +561,7 @@ mod model {
 
     impl Job for Count {
         fn lane(&self) -> Lane {
-            Lane { fd: self.0, one_by_one: true }
+            Lane { fd: self.0, width: 1 }
         }
 
         fn run(&mut self) {

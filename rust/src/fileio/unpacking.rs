@@ -6,6 +6,7 @@ use std::io;
 use std::mem;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use smallvec::SmallVec;
 
@@ -19,15 +20,47 @@ const GAP: u64 = 8192;
 const MOST: u64 = 256 << 10;
 /// Bytes to decompress that are worth a thread.
 const LARGE: usize = 128 << 10;
+/// Attempts after one that the page cache could not serve, before threads are trusted again not to wait.
+const DOUBTS: usize = 16;
 /// How many bytes are copied while one is decompressed.
 const EFFORT: usize = 8;
 
 /// Where a frame begins, and how many bytes there are from there on: what follows the frame is ignored.
 pub type Place = (u64, usize);
 
+/// Frames of a file.
+pub struct Packed {
+    frames: Frames,
+    /// How many attempts are to come before threads are given anything without one: the page cache lacked something.
+    doubts: AtomicUsize,
+}
+
+impl Packed {
+    /// What these compress, stored somewhere.
+    #[must_use]
+    pub fn new(frames: Frames) -> Self {
+        Self { frames, doubts: AtomicUsize::new(0) }
+    }
+
+    /// What they were compressed with.
+    #[must_use]
+    pub fn frames(&self) -> &Frames {
+        &self.frames
+    }
+
+    fn is_in_memory(&self) -> bool {
+        let less = |doubts: usize| doubts.checked_sub(1);
+        self.doubts.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_err()
+    }
+
+    fn is_not_in_memory(&self) {
+        self.doubts.store(DOUBTS, Ordering::Relaxed);
+    }
+}
+
 /// Frames to be read and decompressed, one behind the other.
 pub struct Unpacking<M> {
-    frames: Arc<Frames>,
+    packed: Arc<Packed>,
     fd: RawFd,
     places: SmallVec<[Place; 1]>,
     /// Frames that are in the memory.
@@ -37,6 +70,8 @@ pub struct Unpacking<M> {
     /// Bytes that are missing in the memory.
     left: usize,
     walk: Walk<M>,
+    /// A thread does what could be done at once: it mostly computes.
+    shared: bool,
 }
 
 /// The memory is not inside of the units, or does not need all of them.
@@ -74,27 +109,49 @@ impl<M: Memory> Unpacking<M> {
     /// # Errors
     /// [`Mismatch`].
     pub fn new(
-        frames: Arc<Frames>,
+        packed: Arc<Packed>,
         fd: RawFd,
         places: impl IntoIterator<Item = Place>,
         within: usize,
         memory: M,
     ) -> Result<Self, Mismatch> {
         // Whatever somebody says: a frame of a unit needs no more, and this much memory is taken.
-        let longest = 2 * frames.unit() + 1024;
+        let unit = packed.frames.unit();
+        let longest = 2 * unit + 1024;
         let places: SmallVec<_> =
             places.into_iter().map(|(start, length)| (start, length.min(longest))).collect();
-        let (length, count, unit) = (memory.length(), places.len(), frames.unit());
+        let (length, count) = (memory.length(), places.len());
         check(length, within, count, unit)?;
-        Ok(Self { frames, fd, places, done: 0, skip: within, left: length, walk: Walk::new(memory) })
+        Ok(Self {
+            packed,
+            fd,
+            places,
+            done: 0,
+            skip: within,
+            left: length,
+            walk: Walk::new(memory),
+            shared: false,
+        })
+    }
+
+    fn size(&self) -> usize {
+        self.places.len() * self.packed.frames.unit()
     }
 
     pub(super) fn weight(&self) -> usize {
-        self.places.len() * self.frames.unit() * EFFORT
+        self.size() * EFFORT
     }
 
     pub(super) fn lane(&self) -> threads::Lane {
-        threads::Lane { fd: self.fd, one_by_one: false }
+        let width = if self.shared && self.size() < LARGE { threads::spare() } else { threads::WIDTH };
+        threads::Lane { fd: self.fd, width }
+    }
+
+    /// Says that a thread is to do it without an attempt, if that is a good idea. It is if the page cache has had all that
+    /// was wanted lately: what waits for storage would keep others from computing.
+    pub(super) fn share(&mut self) -> bool {
+        self.shared = self.packed.is_in_memory();
+        self.shared
     }
 
     /// Does it, if that takes neither storage nor long. Returns whether it is over.
@@ -102,10 +159,14 @@ impl<M: Memory> Unpacking<M> {
     /// # Errors
     /// What the system says; [`Damaged`].
     pub fn attempt(&mut self) -> io::Result<bool> {
-        if self.places.len() * self.frames.unit() >= LARGE {
+        if self.size() >= LARGE {
             return Ok(false);
         }
-        self.run(libc::RWF_NOWAIT)
+        let over = self.run(libc::RWF_NOWAIT)?;
+        if !over {
+            self.packed.is_not_in_memory();
+        }
+        Ok(over)
     }
 
     /// Does all that [`Unpacking::attempt`] has left, and waits for it.
@@ -113,16 +174,22 @@ impl<M: Memory> Unpacking<M> {
     /// # Errors
     /// What the system says; [`Damaged`].
     pub fn block(&mut self) -> io::Result<()> {
+        if self.shared {
+            if self.run(libc::RWF_NOWAIT)? {
+                return Ok(());
+            }
+            self.packed.is_not_in_memory();
+        }
         self.run(0).map(|over| debug_assert!(over, "without RWF_NOWAIT the kernel waits"))
     }
 
     fn run(&mut self, flags: libc::c_int) -> io::Result<bool> {
-        let frames = self.frames.clone();
-        let mut decompressor = frames.decompressor()?;
+        let packed = self.packed.clone();
+        let mut decompressor = packed.frames.decompressor()?;
         let mut stored = mem::take(&mut decompressor.stored);
         let over = self.unpack(&mut decompressor, &mut stored, flags);
         decompressor.stored = stored;
-        frames.keep(decompressor);
+        packed.frames.keep(decompressor);
         over
     }
 

@@ -1,4 +1,4 @@
-//! A command, for the runtime in `tcmu_rs._runtime`.
+//! A command, for the engine in `tcmu_rs._engine`.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -25,6 +25,9 @@ use crate::fileio::{self, Operation, Work};
 /// From so many bytes on a copy is worth the handing over of the interpreter (about 0.1 us, see `bench/RESULTS.md`).
 pub const RELEASE: usize = 128 << 10;
 
+/// Frames that threads have to decompress before it is done here as well.
+const SHARED: usize = 16;
+
 /// The memory of a transfer.
 pub enum Held {
     /// A command's.
@@ -134,7 +137,7 @@ impl Transfer {
         let this = slf.get();
         let mut work = this.take()?;
         let large = this.large;
-        let shares = |engine: &Engine| large && engine.more && engine.queue.get().has_idle_thread();
+        let shares = |engine: &Engine| engine.more && engine.queue.get().has_room_for(&work);
         let engine = Engine::current(shares);
         let over = match engine {
             // Others are to be served meanwhile.
@@ -204,14 +207,22 @@ impl FileQueue {
         Ok(call(lock(&self.queue).as_mut().ok_or_else(closed)?))
     }
 
-    /// Whether a transfer that is handed to a thread would begin at once.
-    pub fn has_idle_thread(&self) -> bool {
-        self.with(|queue| queue.has_idle_thread()).unwrap_or(false)
+    /// Whether a thread should do some work, if there is other work meanwhile.
+    pub fn has_room_for(&self, work: &Work<Held>) -> bool {
+        let room = match work {
+            // A thread that has work goes on with the next; so it is not to be woken up for each, but not idle either.
+            Work::Unpacking(_) => self.with(|queue| queue.in_threads() < SHARED),
+            Work::Transfer(_) if work.weight() < RELEASE => Ok(false),
+            Work::Transfer(_) => self.with(|queue| queue.has_idle_thread()),
+        };
+        room.unwrap_or(false)
     }
 
-    /// Takes a transfer that a command waits for. It begins with the next `submit`, a large one at once.
+    /// Takes a transfer that a command waits for. It begins with the next `submit`; what is large at once.
     pub fn wait_for(&self, waiting: &Bound<'_, Waiting>, transfer: &Transfer) -> PyResult<()> {
-        let ticket = self.start(transfer)?;
+        let work = transfer.take()?;
+        let computes = matches!(work, Work::Unpacking(_));
+        let ticket = self.with(|queue| if computes { queue.share(work) } else { queue.start(work) })?.0;
         waiting.get().set_ticket(ticket);
         lock(&self.waiting).insert(ticket, waiting.clone().unbind());
         if transfer.large { self.submit(waiting.py()) } else { Ok(()) }

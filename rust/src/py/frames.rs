@@ -10,7 +10,7 @@ use pyo3::types::PyBytes;
 
 use super::fileio::Transfer;
 use super::iovec::{IoVec, append_bytes};
-use crate::fileio::unpacking::{Mismatch, Place, Unpacking, check};
+use crate::fileio::unpacking::{Mismatch, Packed, Place, Unpacking, check};
 use crate::frames::{Frame, Frames};
 
 /// Bytes of units from which on others may run meanwhile: giving the interpreter away and getting it back takes longer
@@ -24,7 +24,7 @@ const KEPT: usize = 1 << 20;
 /// Any thread may use it. Calls for 32 KiB of units and more let other threads run Python meanwhile.
 #[pyclass(frozen, module = "tcmu_rs._native")]
 pub struct ZstdFrames {
-    frames: Arc<Frames>,
+    packed: Arc<Packed>,
     spare: Mutex<Vec<u8>>,
 }
 
@@ -59,7 +59,7 @@ impl ZstdFrames {
         if !(1..=22).contains(&level) {
             return Err(PyValueError::new_err(format!("level is {level}; for zstd it is 1 to 22")));
         }
-        Ok(Self { frames: Arc::new(Frames::new(unit, level)), spare: Mutex::default() })
+        Ok(Self { packed: Arc::new(Packed::new(Frames::new(unit, level))), spare: Mutex::default() })
     }
 
     /// Compresses units that follow each other; the last one may be shorter.
@@ -74,8 +74,8 @@ impl ZstdFrames {
     ) -> PyResult<(Bound<'py, PyBytes>, Vec<Frame>)> {
         let mut source = self.buffer();
         append_bytes(units, &mut source)?;
-        let mut stored = Vec::with_capacity(source.len() / 2 + self.frames.unit());
-        let mut work = || self.frames.compress(&source, &mut stored);
+        let mut stored = Vec::with_capacity(source.len() / 2 + self.packed.frames().unit());
+        let mut work = || self.packed.frames().compress(&source, &mut stored);
         let made = if source.len() >= LARGE { py.detach(work) } else { work() };
         let frames = made.map_err(PyRuntimeError::new_err)?;
         self.keep(source);
@@ -100,7 +100,7 @@ impl ZstdFrames {
         iov: &IoVec,
         within: usize,
     ) -> PyResult<usize> {
-        let unit = self.frames.unit();
+        let unit = self.packed.frames().unit();
         let total = places.len() * unit;
         check(iov.nbytes(), within, places.len(), unit).map_err(mismatch)?;
         let mut source = self.buffer();
@@ -118,7 +118,7 @@ impl ZstdFrames {
         let mut work = || {
             let (mut skip, mut room) = (within, iov.nbytes());
             let frames = places.iter().map(|&(start, length)| &source[start..start + length]);
-            self.frames.decompress(frames, |unit| {
+            self.packed.frames().decompress(frames, |unit| {
                 let part = &unit[skip..unit.len().min(skip + room)];
                 target.write(part);
                 room -= part.len();
@@ -148,7 +148,7 @@ impl ZstdFrames {
         within: usize,
     ) -> PyResult<Transfer> {
         let memory = iov.hold_for_filling(py)?;
-        let unpacking = Unpacking::new(self.frames.clone(), fd, places, within, memory).map_err(mismatch)?;
+        let unpacking = Unpacking::new(self.packed.clone(), fd, places, within, memory).map_err(mismatch)?;
         Ok(Transfer::new("ZstdFrames.read_from", unpacking))
     }
 }

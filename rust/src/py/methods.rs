@@ -1,4 +1,4 @@
-//! The methods of a handler, and the commands that wait in them for a transfer, for the runtime in `tcmu_rs._runtime`.
+//! The methods of a handler, and the commands that wait in them for a transfer, for the engine in `tcmu_rs._engine`.
 //!
 //! # Theory
 //!
@@ -9,7 +9,7 @@
 //! from here: an await elsewhere finds no [`Engine`], and suspends a task as ever.
 //!
 //! A command that waits is a [`Waiting`]. The queue has it until the transfer is over, then [`Methods`] have it, until the
-//! runtime calls [`Methods::resume`].
+//! engine calls [`Methods::resume`].
 
 #![allow(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! A device, for the runtime in `tcmu_rs._runtime`.
+//! A device, for the engine in `tcmu_rs._engine`.
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
