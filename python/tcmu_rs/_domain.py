@@ -114,7 +114,7 @@ class Piece:
         """The verb."""
         return self.verb
 
-    def run(self, methods: object, more: bool = False) -> Any:
+    def run(self, methods: object, more: object = None) -> Any:
         """Needs more than a call."""
         return NotImplemented
 

@@ -376,7 +376,7 @@ class Engine:
         while pending and room > 0:
             cmd = pending.popleft()
             try:
-                begun = cmd.run(methods, bool(pending))
+                begun = cmd.run(methods, pending)
             except BaseException as error:
                 return cmd, error
             if begun is None:

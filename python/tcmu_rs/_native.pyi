@@ -1,4 +1,4 @@
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Sequence
 from types import EllipsisType, NotImplementedType
 from typing import Any, Literal, Self, SupportsIndex, final
 
@@ -210,7 +210,7 @@ class Command:
     @property
     def verb(self) -> int | None: ...
     def run(
-        self, methods: Methods, more: bool = False, /
+        self, methods: Methods, more: Collection[object] | None = None, /
     ) -> int | EllipsisType | NotImplementedType | tuple[Coroutine[Any, Any, Any], Any] | None: ...
     def begin(self) -> int | None: ...
     @property

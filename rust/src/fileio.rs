@@ -122,15 +122,6 @@ impl<M: Memory> Transfer<M> {
         &self.memory
     }
 
-    /// Whether it may be that all it takes is a copy, from the page cache or to it: a thread can do that as well.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn is_copy(&mut self) -> io::Result<bool> {
-        let buffered = matches!(self.operation, Operation::Read | Operation::Write { durable: false });
-        Ok(buffered && !self.is_direct()?)
-    }
-
     /// Does what can be done without waiting for storage. Returns whether it is over.
     ///
     /// That is what the page cache has or takes (`RWF_NOWAIT`). Around the page cache the flag does not help: the call
@@ -310,7 +301,7 @@ pub enum Work<M> {
     /// Bytes that are moved as they are, or nothing that is moved.
     Transfer(Transfer<M>),
     /// Frames that are decompressed on their way.
-    Unpacking(Unpacking<M>),
+    Unpacking(Box<Unpacking<M>>),
 }
 
 impl<M> From<Transfer<M>> for Work<M> {
@@ -321,7 +312,7 @@ impl<M> From<Transfer<M>> for Work<M> {
 
 impl<M> From<Unpacking<M>> for Work<M> {
     fn from(unpacking: Unpacking<M>) -> Self {
-        Self::Unpacking(unpacking)
+        Self::Unpacking(Box::new(unpacking))
     }
 }
 
@@ -335,14 +326,11 @@ impl<M: Memory> Work<M> {
         }
     }
 
-    /// Whether it may be that a thread can do it as well as an attempt: see [`Transfer::is_copy`].
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn suits_a_thread(&mut self) -> io::Result<bool> {
+    /// Whether a thread is to do it while the caller has other work. Not a copy: to hand that over costs as much.
+    pub fn suits_a_thread(&mut self) -> bool {
         match self {
-            Self::Transfer(transfer) => transfer.is_copy(),
-            Self::Unpacking(unpacking) => Ok(unpacking.share()),
+            Self::Transfer(_) => false,
+            Self::Unpacking(unpacking) => unpacking.share(),
         }
     }
 

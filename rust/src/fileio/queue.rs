@@ -145,13 +145,6 @@ impl<M: Memory + 'static> Queue<M> {
         self.in_threads
     }
 
-    /// Whether a transfer that a thread does, such as one that was not attempted, would begin with the next
-    /// [`Queue::submit`].
-    #[must_use]
-    pub fn has_idle_thread(&self) -> bool {
-        self.threads.has_room()
-    }
-
     /// Asks for an early end, with the next [`Queue::finish`]. The transfer ends as any other, and as it likes: done,
     /// failed, or with ECANCELED. What a thread has begun is not disturbed. Harmless for one that is over.
     pub fn cancel(&mut self, ticket: Ticket) {

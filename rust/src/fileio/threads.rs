@@ -4,7 +4,8 @@
 //!
 //! Jobs are in lanes. A lane is a descriptor, and how many jobs on it help each other: buffered writes to one file wait
 //! for each other inside of the kernel, so they have a lane where one runs at a time; what only computes has one for as
-//! many as there are processors to spare; everything else has one where many run. Lanes take turns, so a busy file does not keep others waiting, and a file that hangs takes no more than its lane.
+//! many as there are processors to spare; everything else has one where many run. Lanes take turns, so a busy file does
+//! not keep others waiting, and a file that hangs takes no more than its lane.
 //!
 //! A few threads are enough as long as none of them hangs: [`CREW`]. One that has been at a job for [`STALL`] is not
 //! counted any more, and if there are turns left another one is called up in its place, up to [`MOST`] in all. He who
@@ -113,7 +114,6 @@ pub(super) struct Threads<J: Job> {
     shared: Arc<Shared<J>>,
     /// Not handed over yet.
     started: Vec<J>,
-    processors: usize,
 }
 
 impl<J: Job> Threads<J> {
@@ -132,7 +132,7 @@ impl<J: Job> Threads<J> {
             abandoned: false,
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), signal });
-        Self { shared, started: Vec::new(), processors: processors() }
+        Self { shared, started: Vec::new() }
     }
 
     /// Takes a job, which begins after the next [`Threads::submit`].
@@ -143,13 +143,6 @@ impl<J: Job> Threads<J> {
     /// Jobs that are not handed over yet.
     pub(super) fn started(&self) -> usize {
         self.started.len()
-    }
-
-    /// Whether a processor is left over for a job: beside the caller's one.
-    pub(super) fn has_room(&self) -> bool {
-        let state = self.shared.lock();
-        state.turns.is_empty()
-            && self.started.len() + state.begun.len() < self.processors.saturating_sub(1).min(CREW)
     }
 
     /// Hands over what was started, and wakes up one thread for all of it.

@@ -130,14 +130,14 @@ impl Command {
     ///
     /// Returns None: the command is over. Ellipsis: its handler waits for a transfer, see `Methods.resume`. A verb: it is
     /// over, and left views of its data. NotImplemented: it needs more than that, from its present step on. Else the
-    /// coroutine, which has suspended, and what it waits for. With `more` there are other commands to run now.
+    /// coroutine, which has suspended, and what it waits for. Unless `more` is empty there are other commands to run now.
     ///
     /// Raises what the handler raises; the command is not answered then.
-    #[pyo3(signature = (methods, more = false, /))]
+    #[pyo3(signature = (methods, more = None, /))]
     fn run<'py>(
         slf: &Bound<'py, Self>,
         methods: &Bound<'py, Methods>,
-        more: bool,
+        more: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let py = slf.py();
         let this = slf.get();
@@ -157,15 +157,16 @@ impl Command {
             _ => return otherwise(py),
         };
         // With IMMED the initiator does not wait for what follows.
-        if !methods.get().has(verb, fua) || this.claim.is_answered() {
+        let Some(method) = methods.get().find(verb, fua).filter(|_| !this.claim.is_answered()) else {
             return otherwise(py);
-        }
+        };
         this.claim.begin();
         match memory {
             Some((start, length)) => {
-                Methods::call(methods, slf, verb, fua, (offset, this.memory(verb, start, length)), more)
+                let memory = this.memory(verb, start, length);
+                Methods::call(methods, slf, verb, method, (offset, memory), more)
             }
-            None => Methods::call(methods, slf, verb, fua, (), more),
+            None => Methods::call(methods, slf, verb, method, (), more),
         }
     }
 

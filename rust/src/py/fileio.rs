@@ -137,11 +137,11 @@ impl Transfer {
         let this = slf.get();
         let mut work = this.take()?;
         let large = this.large;
-        let shares = |engine: &Engine| engine.more && engine.queue.get().has_room_for(&work);
-        let engine = Engine::current(shares);
+        let computes = matches!(work, Work::Unpacking(_));
+        let engine = Engine::current(|engine| computes && engine.more && engine.queue.get().has_room());
         let over = match engine {
             // Others are to be served meanwhile.
-            Some(true) if work.suits_a_thread().map_err(|error| os_error(&error))? => Ok(false),
+            Some(true) if work.suits_a_thread() => Ok(false),
             _ if large => py.detach(|| work.attempt()),
             _ => work.attempt(),
         };
@@ -207,15 +207,10 @@ impl FileQueue {
         Ok(call(lock(&self.queue).as_mut().ok_or_else(closed)?))
     }
 
-    /// Whether a thread should do some work, if there is other work meanwhile.
-    pub fn has_room_for(&self, work: &Work<Held>) -> bool {
-        let room = match work {
-            // A thread that has work goes on with the next; so it is not to be woken up for each, but not idle either.
-            Work::Unpacking(_) => self.with(|queue| queue.in_threads() < SHARED),
-            Work::Transfer(_) if work.weight() < RELEASE => Ok(false),
-            Work::Transfer(_) => self.with(|queue| queue.has_idle_thread()),
-        };
-        room.unwrap_or(false)
+    /// Whether threads have too little to do. One that has work goes on with the next; so it is not to be woken up for
+    /// each, but not idle either.
+    pub fn has_room(&self) -> bool {
+        self.with(|queue| queue.in_threads() < SHARED).unwrap_or(false)
     }
 
     /// Takes a transfer that a command waits for. It begins with the next `submit`; what is large at once.

@@ -88,7 +88,7 @@ fn throw<'py>(coroutine: &Bound<'py, PyAny>, error: PyErr) -> PyResult<Ran<'py>>
 }
 
 /// How a handler's method is called for one verb.
-struct Method {
+pub struct Method {
     callable: Py<PyAny>,
     /// The same with `fua=True`, if the method takes it.
     durable: Option<Py<PyAny>>,
@@ -213,7 +213,8 @@ impl Methods {
         self.over.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn find(&self, verb: Verb, fua: bool) -> Option<(&Py<PyAny>, &Method)> {
+    /// What is called for a verb, if there is a method for it.
+    pub fn find(&self, verb: Verb, fua: bool) -> Option<(&Py<PyAny>, &Method)> {
         let method = match verb {
             Verb::Read => self.read.as_ref()?,
             Verb::Write => self.write.as_ref()?,
@@ -223,30 +224,27 @@ impl Methods {
         Some((if fua { method.durable.as_ref()? } else { &method.callable }, method))
     }
 
-    /// Whether there is a method for a verb.
-    pub fn has(&self, verb: Verb, fua: bool) -> bool {
-        self.find(verb, fua).is_some()
-    }
-
-    /// Calls the method that there is for a verb, and runs what it returns. Returns what [`Command::run`] does.
+    /// Calls a method of theirs, and runs what it returns. Returns what [`Command::run`] does.
     pub fn call<'py>(
         slf: &Bound<'py, Self>,
         command: &Bound<'py, Command>,
         verb: Verb,
-        fua: bool,
+        (callable, method): (&Py<PyAny>, &Method),
         arguments: impl pyo3::call::PyCallArgs<'py>,
-        more: bool,
+        more: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let py = slf.py();
         let this = slf.get();
-        let Some((callable, method)) = this.find(verb, fua) else {
-            return Ok(Some(py.NotImplemented().into_bound(py)));
-        };
         let result = callable.bind(py).call1(arguments)?;
         if !method.suspends {
             return command.get().returned(this, verb, &result);
         }
-        let ran = if method.taskless { this.engine(py, more).run(|| send(&result)) } else { send(&result) }?;
+        let ran = if method.taskless {
+            let more = more.map_or(Ok(false), PyAnyMethods::is_truthy)?;
+            this.engine(py, more).run(|| send(&result))?
+        } else {
+            send(&result)?
+        };
         match ran {
             Ran::Returned(value) => {
                 // The frame goes, and what it holds, before the answer.
