@@ -192,13 +192,16 @@ def run(
     disks: Sequence[Path] = (),
     memory: str = "2G",
     cpus: int = 2,
+    erms: bool = False,
     on_output: Callable[[bytes], object] | None = None,
 ) -> Result:
     """Boot a machine, run `job` in it and return what became of it.
 
     The arguments are those of `Machine`.
     """
-    with Machine(job, timeout=timeout, env=env, disks=disks, memory=memory, cpus=cpus, on_output=on_output) as machine:
+    with Machine(
+        job, timeout=timeout, env=env, disks=disks, memory=memory, cpus=cpus, erms=erms, on_output=on_output
+    ) as machine:
         return machine.wait()
 
 
@@ -235,6 +238,7 @@ class Machine:
         disks: Files of the host that the guest has as /dev/vda, /dev/vdb, … What the guest wrote survives it.
         memory: Size of the guest's memory, as QEMU writes it. Half of it may be used for files.
         cpus: Number of virtual CPUs.
+        erms: Whether they offer `rep movsb`, with which the kernel copies then: it is emulated byte by byte.
         on_output: Called with each piece of the output as it comes, from another thread.
         directory: Where the job runs.
         provision: What to boot with, if it is not what `provide` finds.
@@ -249,6 +253,7 @@ class Machine:
         disks: Sequence[Path] = (),
         memory: str = "2G",
         cpus: int = 2,
+        erms: bool = False,
         on_output: Callable[[bytes], object] | None = None,
         directory: Path = CHECKOUT,
         provision: Provision | None = None,
@@ -259,6 +264,7 @@ class Machine:
         self._disks = disks
         self._memory = memory
         self._cpus = cpus
+        self._processor = "max" if erms else "max,-erms,-fsrm"
         self._on_output = on_output
         self._directory = directory
         self._provision = provision
@@ -491,8 +497,7 @@ class Machine:
 
     def _command(self, provision: Provision, port: int) -> list[str]:
         options = [
-            # Copies with `rep movsb`, the fastest of real processors, are emulated byte by byte, others by eight.
-            *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,-erms,-fsrm"),
+            *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", self._processor),
             *("-smp", str(self._cpus), "-m", self._memory),
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-kernel", str(provision.kernel.image), "-initrd", str(self._file("initramfs"))),
