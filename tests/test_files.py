@@ -30,6 +30,7 @@ from .test_runtime import descriptors
 from .test_views import ALL, WITHOUT_KEEP_BUF, use_all_memory
 
 SIZE = 1 << 20
+UNUSED = 1000  # a descriptor that no other test has: nothing was learnt of a file under that number
 
 uring = pytest.mark.skipif(
     _files.obstacle() is not None and "CI" not in os.environ, reason=f"no io_uring: {_files.obstacle()}"
@@ -84,6 +85,14 @@ def suspends(coroutine: Coroutine[Any, Any, None]) -> bool:
     return True
 
 
+def memory_at(number: int) -> int:
+    """A file in memory, with the first free descriptor from a number on."""
+    made = os.memfd_create("memory")
+    fd = fcntl.fcntl(made, fcntl.F_DUPFD, number)
+    os.close(made)
+    return fd
+
+
 async def read(fd: int, offset: int, iov: IoVec) -> None:
     await iov.read_from(fd, offset)
 
@@ -120,7 +129,7 @@ async def test_what_the_page_cache_has_does_not_suspend(fd: int, content: bytes)
 
 async def test_files_in_memory_have_nothing_to_wait_for() -> None:
     """tmpfs does not know RWF_NOWAIT, which once sent every transfer through a thread of the kernel."""
-    fd = os.memfd_create("memory")
+    fd = memory_at(UNUSED)
     try:
         assert not suspends(write(fd, 100, IoVec([b"abc", b"def"])))
         target = bytearray(6)
@@ -128,6 +137,21 @@ async def test_files_in_memory_have_nothing_to_wait_for() -> None:
         assert target == b"abcdef"
     finally:
         os.close(fd)
+
+
+async def test_what_was_learnt_of_a_file_ends_with_its_descriptor(fd: int) -> None:
+    """The next file may have the number of a closed one: what was known of that is soon asked again."""
+    number = fcntl.fcntl(fd, fcntl.F_DUPFD, UNUSED)
+    await IoVec([b"wait"]).write_to(number, 0)
+    os.close(number)
+    assert memory_at(number) == number
+    try:
+        for place in range(256):
+            await IoVec([bytes([place])]).write_to(number, place)
+        assert os.pread(number, 300, 0) == bytes(range(256))
+        assert not suspends(write(number, 0, IoVec([b"at once"])))
+    finally:
+        os.close(number)
 
 
 @uring
