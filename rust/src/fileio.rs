@@ -70,8 +70,29 @@ impl Learnt {
         LEARNT.get(usize::try_from(fd).ok()?)
     }
 
-    fn waits(&self) -> bool {
-        self.unasked.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_ok()
+    /// Whether a buffered write is to go to a thread without a question.
+    fn waits(fd: RawFd) -> bool {
+        let less = |left: u8| left.checked_sub(1);
+        Self::of(fd).is_some_and(|learnt| learnt.unasked.fetch_update(Relaxed, Relaxed, less).is_ok())
+    }
+
+    /// The flags of a call that must not wait: none for a file that was in memory and still is.
+    fn flags(fd: RawFd) -> libc::c_int {
+        let was_in_memory = Self::of(fd).is_some_and(|learnt| learnt.in_memory.load(Relaxed));
+        if was_in_memory && syscall::is_memory(fd) { 0 } else { libc::RWF_NOWAIT }
+    }
+
+    /// The file system does not know `RWF_NOWAIT`, or not for this. Returns whether the flag is not needed: tmpfs has
+    /// nothing to wait for.
+    fn refused(fd: RawFd, plain_write: bool) -> bool {
+        let in_memory = syscall::is_memory(fd);
+        if let Some(learnt) = Self::of(fd) {
+            learnt.in_memory.store(in_memory, Relaxed);
+            if plain_write {
+                learnt.unasked.store(if in_memory { 0 } else { u8::MAX }, Relaxed);
+            }
+        }
+        in_memory
     }
 }
 
@@ -137,8 +158,7 @@ impl<M: Memory> Transfer<M> {
             return Ok(true);
         }
         let plain_write = self.operation == (Operation::Write { durable: false });
-        let learnt = Learnt::of(self.fd);
-        if plain_write && learnt.is_some_and(Learnt::waits) {
+        if plain_write && Learnt::waits(self.fd) {
             return Ok(false);
         }
         if self.is_direct()? {
@@ -149,8 +169,7 @@ impl<M: Memory> Transfer<M> {
             return Ok(false);
         }
         let mut vectors = Vectors::default();
-        let was_in_memory = learnt.is_some_and(|learnt| learnt.in_memory.load(Relaxed));
-        let mut flags = if was_in_memory && syscall::is_memory(self.fd) { 0 } else { libc::RWF_NOWAIT };
+        let mut flags = Learnt::flags(self.fd);
         loop {
             self.gather(&mut vectors);
             match syscall::vectored(self, &vectors, flags) {
@@ -166,16 +185,8 @@ impl<M: Memory> Transfer<M> {
                             self.tries = true;
                             Ok(false)
                         }
-                        // The file system does not know the flag, or not for this; tmpfs has nothing to wait for.
                         Some(libc::EOPNOTSUPP | libc::EINVAL) if flags != 0 => {
-                            let in_memory = syscall::is_memory(self.fd);
-                            if let Some(learnt) = learnt {
-                                learnt.in_memory.store(in_memory, Relaxed);
-                                learnt
-                                    .unasked
-                                    .store(if plain_write && !in_memory { u8::MAX } else { 0 }, Relaxed);
-                            }
-                            if in_memory {
+                            if Learnt::refused(self.fd, plain_write) {
                                 flags = 0;
                                 continue;
                             }

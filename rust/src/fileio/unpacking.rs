@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use smallvec::SmallVec;
 
 use super::memory::{Memory, Walk};
-use super::{syscall, threads};
+use super::{Learnt, syscall, threads};
 use crate::frames::{Decompressor, Frames};
 
 /// Bytes between two frames in the file that are read with them, rather than by a call of their own.
@@ -162,7 +162,7 @@ impl<M: Memory> Unpacking<M> {
         if self.size() >= LARGE {
             return Ok(false);
         }
-        let over = self.run(libc::RWF_NOWAIT)?;
+        let over = self.run(false)?;
         if !over {
             self.packed.is_not_in_memory();
         }
@@ -175,19 +175,19 @@ impl<M: Memory> Unpacking<M> {
     /// What the system says; [`Damaged`].
     pub fn block(&mut self) -> io::Result<()> {
         if self.shared {
-            if self.run(libc::RWF_NOWAIT)? {
+            if self.run(false)? {
                 return Ok(());
             }
             self.packed.is_not_in_memory();
         }
-        self.run(0).map(|over| debug_assert!(over, "without RWF_NOWAIT the kernel waits"))
+        self.run(true).map(|over| debug_assert!(over, "without RWF_NOWAIT the kernel waits"))
     }
 
-    fn run(&mut self, flags: libc::c_int) -> io::Result<bool> {
+    fn run(&mut self, wait: bool) -> io::Result<bool> {
         let packed = self.packed.clone();
         let mut decompressor = packed.frames.decompressor()?;
         let mut stored = mem::take(&mut decompressor.stored);
-        let over = self.unpack(&mut decompressor, &mut stored, flags);
+        let over = self.unpack(&mut decompressor, &mut stored, wait);
         decompressor.stored = stored;
         packed.frames.keep(decompressor);
         over
@@ -197,14 +197,14 @@ impl<M: Memory> Unpacking<M> {
         &mut self,
         decompressor: &mut Decompressor,
         stored: &mut Vec<u8>,
-        flags: libc::c_int,
+        wait: bool,
     ) -> io::Result<bool> {
         while self.done < self.places.len() {
             let (start, length, count) = self.span();
             if stored.len() < length {
                 stored.resize(length, 0);
             }
-            let Some(length) = self.fill(&mut stored[..length], start, flags)? else { return Ok(false) };
+            let Some(length) = self.fill(&mut stored[..length], start, wait)? else { return Ok(false) };
             for _ in 0..count {
                 let (offset, size) = self.places[self.done];
                 let from = ((offset - start) as usize).min(length);
@@ -239,7 +239,8 @@ impl<M: Memory> Unpacking<M> {
     }
 
     /// Reads; returns how many bytes there are up to the end of the file. `None`: not all of it is there at once.
-    fn fill(&self, into: &mut [u8], start: u64, mut flags: libc::c_int) -> io::Result<Option<usize>> {
+    fn fill(&self, into: &mut [u8], start: u64, wait: bool) -> io::Result<Option<usize>> {
+        let mut flags = if wait { 0 } else { Learnt::flags(self.fd) };
         let mut done = 0;
         while done < into.len() {
             match syscall::read(self.fd, &mut into[done..], start + done as u64, flags) {
@@ -248,9 +249,8 @@ impl<M: Memory> Unpacking<M> {
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR) => {}
                     Some(libc::EAGAIN) => return Ok(None),
-                    // The file system does not know the flag; tmpfs has nothing to wait for.
                     Some(libc::EOPNOTSUPP | libc::EINVAL) if flags != 0 => {
-                        if !syscall::is_memory(self.fd) {
+                        if !Learnt::refused(self.fd, false) {
                             return Ok(None);
                         }
                         flags = 0;

@@ -28,6 +28,10 @@ pub const RELEASE: usize = 128 << 10;
 /// Frames that threads have to decompress before it is done here as well.
 const SHARED: usize = 16;
 
+fn is_large(work: &Work<Held>) -> bool {
+    work.weight() >= RELEASE
+}
+
 /// The memory of a transfer.
 pub enum Held {
     /// A command's.
@@ -89,15 +93,13 @@ enum State {
 #[pyclass(frozen, module = "tcmu_rs._native")]
 pub struct Transfer {
     state: Mutex<State>,
-    large: bool,
     what: &'static str,
 }
 
 impl Transfer {
     /// What `what`, a name of a function, returns.
     pub fn new(what: &'static str, work: impl Into<Work<Held>>) -> Self {
-        let work = work.into();
-        Self { large: work.weight() >= RELEASE, state: Mutex::new(State::New(work)), what }
+        Self { state: Mutex::new(State::New(work.into())), what }
     }
 
     fn take(&self) -> PyResult<Work<Held>> {
@@ -136,13 +138,12 @@ impl Transfer {
         let py = slf.py();
         let this = slf.get();
         let mut work = this.take()?;
-        let large = this.large;
         let computes = matches!(work, Work::Unpacking(_));
         let engine = Engine::current(|engine| computes && engine.more && engine.queue.get().has_room());
         let over = match engine {
             // Others are to be served meanwhile.
             Some(true) if work.suits_a_thread() => Ok(false),
-            _ if large => py.detach(|| work.attempt()),
+            _ if is_large(&work) => py.detach(|| work.attempt()),
             _ => work.attempt(),
         };
         if over.map_err(|error| os_error(&error))? {
@@ -216,11 +217,11 @@ impl FileQueue {
     /// Takes a transfer that a command waits for. It begins with the next `submit`; what is large at once.
     pub fn wait_for(&self, waiting: &Bound<'_, Waiting>, transfer: &Transfer) -> PyResult<()> {
         let work = transfer.take()?;
-        let computes = matches!(work, Work::Unpacking(_));
+        let (computes, large) = (matches!(work, Work::Unpacking(_)), is_large(&work));
         let ticket = self.with(|queue| if computes { queue.share(work) } else { queue.start(work) })?.0;
         waiting.get().set_ticket(ticket);
         lock(&self.waiting).insert(ticket, waiting.clone().unbind());
-        if transfer.large { self.submit(waiting.py()) } else { Ok(()) }
+        if large { self.submit(waiting.py()) } else { Ok(()) }
     }
 
     /// The commands of some methods that wait, behind those that are given.

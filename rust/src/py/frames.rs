@@ -132,10 +132,10 @@ impl ZstdFrames {
 
     /// Reads frames out of a file and decompresses them into `iov`: to be awaited, as `IoVec.read_from`.
     ///
-    /// `places` and `within` are those of `decompress`, but of the file. Less than 128 KiB
-    /// of units that are in the page cache are done at once; else a thread does it, which needs no interpreter. All of it, or an OSError: EIO
-    /// also if a frame is damaged; what is in `iov` is not known then. The descriptor has to stay open meanwhile, and the
-    /// frames have to stay where they are: a place that gets another frame meanwhile gives the data of that.
+    /// `places` and `within` are those of `decompress`, but of the file. Less than 128 KiB of units that are in the page
+    /// cache are done at once; else a thread does it, which needs no interpreter. All of it, or an OSError: EIO also if a
+    /// frame is damaged; what is in `iov` is not known then. The descriptor has to stay open meanwhile, and the frames have
+    /// to stay where they are: a place that gets another frame meanwhile gives the data of that.
     ///
     /// Raises ValueError if `iov` is not inside the units.
     #[pyo3(signature = (fd, places, iov, within = 0, /))]
