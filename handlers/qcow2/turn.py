@@ -15,18 +15,12 @@ class Turn:
         self._taken = False
         self._waiting = trio.lowlevel.ParkingLot()
 
-    def take_nowait(self) -> bool:
-        """Takes it, if nobody has it; returns whether."""
-        if self._taken:
-            return False
-        self._taken = True
-        return True
-
     async def take(self) -> None:
-        """Takes it; waits until it is given back."""
-        if not self.take_nowait():
+        """Takes it: at once if nobody has it, without a pass of the loop; else when it is given back."""
+        if self._taken:
             # Who gives it back leaves it to the first that waits.
             await self._waiting.park()
+        self._taken = True
 
     def give_back(self) -> None:
         """Lets the next one have it."""

@@ -265,8 +265,7 @@ class Writer:
         if self._log is None:
             return
         wanted = self._commits
-        if not self._turn.take_nowait():
-            await self._turn.take()
+        await self._turn.take()
         try:
             self._check()
             if self._commits > wanted:
