@@ -323,6 +323,7 @@ def main() -> None:
     text = [conditions, "### Commands per second: median (lowest-highest)", table(["consumer", *PATTERNS], rows)]
     medians = {name: [statistics.median(rates[p]) for p in PATTERNS] for name, rates in figures.items()}
     name = "lab-tunables" if arguments.tunables else "lab-disk" if arguments.disk else "lab"
+    name += "-cheap-copies" * arguments.cheap_copies
     text.append(bars(name, "Commands per second", list(PATTERNS), medians, y_label="commands/s"))
     for other in (RIVAL, KERNEL, "as it comes"):
         if other in figures and len(figures) > 1:
@@ -332,7 +333,10 @@ def main() -> None:
             ]
             text += [f"### Against {other}: median of the ratios, round by round", table(["consumer", *PATTERNS], rows)]
     sentences = []
-    if not (arguments.tunables or arguments.disk) and {RIVAL, KERNEL, *TARGETS[RIVAL]} <= figures.keys():
+    if (
+        not (arguments.tunables or arguments.disk or arguments.cheap_copies)
+        and {RIVAL, KERNEL, *TARGETS[RIVAL]} <= figures.keys()
+    ):
         for name in TARGETS[RIVAL]:
             said = [
                 ", ".join(f"{_ratio(rates, figures[other][p]):.2f} ({p})" for p, rates in figures[name].items())
@@ -346,6 +350,7 @@ def main() -> None:
     if arguments.tunables:
         elsewhere = {TUNING: text[-1]}
     which = " --tunables" * arguments.tunables + " --disk" * arguments.disk
+    which += " --cheap-copies" * arguments.cheap_copies
     publish(f"bench.lab{which}", "\n\n".join(text), write=arguments.write, elsewhere=elsewhere)
 
 
