@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import threading
 import zlib
@@ -15,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcmu_rs import DamagedFrameError, IoVec, ZstdFrames
+
+from .test_files import suspends
 
 UNIT = 512
 WORDS = st.lists(
@@ -105,12 +108,8 @@ def test_threads_share_it() -> None:
         chosen = units[number:] + units[:number]
         for _ in range(20):
             stored, made = frames.compress(b"".join(chosen))
-            places, at = [], 0
-            for length, _ in made:
-                places.append((at, length))
-                at += length
             target = bytearray(len(units) * 8192)
-            if frames.decompress(stored, places, IoVec([target])) != 32 or target != b"".join(chosen):
+            if frames.decompress(stored, places_of(made), IoVec([target])) != 32 or target != b"".join(chosen):
                 wrong.append(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
@@ -124,19 +123,14 @@ def test_threads_share_it() -> None:
 # Out of a file.
 
 
-def suspends(frames: ZstdFrames, fd: int, places: list[tuple[int, int]], target: bytearray) -> bool:
-    """Whether a read of frames is more than can be done at once; if not, it is done."""
+async def read(frames: ZstdFrames, fd: int, places: list[tuple[int, int]], target: bytearray) -> None:
+    await frames.read_from(fd, places, IoVec([target]))
 
-    async def read() -> None:
-        await frames.read_from(fd, places, IoVec([target]))
 
-    coroutine = read()
-    try:
-        coroutine.send(None)
-    except StopIteration:
-        return False
-    coroutine.close()
-    return True
+def places_of(made: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Where frames are that lie one behind the other, from their lengths."""
+    lengths = [length for length, _ in made]
+    return [*zip(itertools.accumulate(lengths, initial=0), lengths, strict=False)]
 
 
 @given(st.lists(UNITS.filter(any), min_size=1, max_size=8), st.data())
@@ -169,16 +163,13 @@ async def test_damage_in_a_file_is_told_by_the_number_of_the_frame(tmp_path: Pat
     frames = ZstdFrames(4096)
     units = [os.urandom(100) + bytes(3996) for _ in range(count)]
     stored, made = frames.compress(b"".join(units))
-    places, at = [], 0
-    for length, _ in made:
-        places.append((at, length))
-        at += length
+    places = places_of(made)
     path = tmp_path / "frames"
     path.write_bytes(stored)
     fd = os.open(path, os.O_RDWR)
     try:
         target = bytearray(count * 4096)
-        assert suspends(frames, fd, places, target) == (count == 40)
+        assert suspends(read(frames, fd, places, target)) == (count == 40)
         await frames.read_from(fd, places, IoVec([target]))
         assert target == b"".join(units)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -220,14 +211,11 @@ async def test_many_reads_at_once_each_get_their_own() -> None:
     frames = ZstdFrames(4096)
     units = [bytes([number]) * 4096 for number in range(1, 65)]
     stored, made = frames.compress(b"".join(units))
-    places, at = [], 0
-    for length, _ in made:
-        places.append((at, length))
-        at += length
+    places = places_of(made)
     fd = os.memfd_create("frames")
     os.write(fd, stored)
 
-    async def read(first: int) -> None:
+    async def read_some(first: int) -> None:
         for count in (1, 5, 32):
             target = bytearray(count * 4096)
             await frames.read_from(fd, places[first : first + count], IoVec([target]))
@@ -236,6 +224,6 @@ async def test_many_reads_at_once_each_get_their_own() -> None:
     try:
         async with trio.open_nursery() as nursery:
             for first in range(32):
-                nursery.start_soon(read, first)
+                nursery.start_soon(read_some, first)
     finally:
         os.close(fd)
