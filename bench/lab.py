@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import mmap
 import os
@@ -195,20 +196,23 @@ def tcmu_runner(root: Path, file: Path) -> Iterator[str]:
         bus.wait()
 
 
-def fio(device: str, seconds: float) -> dict[str, float]:
-    """Commands per second of each pattern, one after the other, by one fio: it starts as slowly as it runs."""
+def fio(devices: dict[str, str], seconds: float) -> Iterator[tuple[str, str, float]]:
+    """The consumer, the pattern, and its commands per second: pattern by pattern, all consumers one after the other.
+
+    So what is compared is measured within seconds. It is one fio for all: that starts as slowly as it runs.
+    """
     command = [
-        "fio", f"--filename={device}", "--direct=1", "--ioengine=libaio", f"--size={SIZE}", "--time_based",
-        f"--runtime={seconds}", "--ramp_time=0.3", "--norandommap", "--randrepeat=1", "--output-format=json",
+        "fio", "--direct=1", "--ioengine=libaio", f"--size={SIZE}", "--time_based", f"--runtime={seconds}",
+        "--ramp_time=0.3", "--norandommap", "--randrepeat=1", "--output-format=json",
     ]  # fmt: skip
-    for name, (pattern, length, depth) in PATTERNS.items():
-        command += [f"--name={name}", "--stonewall", f"--rw={pattern}", f"--bs={length}", f"--iodepth={depth}"]
+    jobs = list(itertools.product(PATTERNS, devices))
+    for pattern, consumer in jobs:
+        kind, length, depth = PATTERNS[pattern]
+        command += [f"--name={pattern} {consumer}", "--stonewall", f"--filename={devices[consumer]}"]
+        command += [f"--rw={kind}", f"--bs={length}", f"--iodepth={depth}"]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    jobs = {job["jobname"]: job for job in json.loads(output[output.index("{") :])["jobs"]}
-    return {
-        name: float(jobs[name]["read" if pattern == "randread" else "write"]["iops"])
-        for name, (pattern, *_) in PATTERNS.items()
-    }
+    for (pattern, consumer), job in zip(jobs, json.loads(output[output.index("{") :])["jobs"], strict=True):
+        yield consumer, pattern, float(job["read" if PATTERNS[pattern][0] == "randread" else "write"]["iops"])
 
 
 def guest(arguments: argparse.Namespace) -> None:
@@ -224,13 +228,14 @@ def guest(arguments: argparse.Namespace) -> None:
         directory = Path(tempfile.mkdtemp())
     here = f"{__package__}.lab"
     root = Path(arguments.tcmu_runner)
+    # What is compared is side by side here.
     consumers: dict[str, Callable[[], AbstractContextManager[str]]] = {
-        "file:": lambda: ours(f"file:{image(directory, 'ours')}"),
         "ram:": lambda: ours("ram:", "--size", str(SIZE)),
         "def": lambda: ours("x:", "--handler", f"{here}:PlainDisk"),
-        "async def": lambda: ours("x:", "--handler", f"{here}:AsyncDisk"),
         "@blocking": lambda: ours("x:", "--handler", f"{here}:BlockingDisk"),
+        "async def": lambda: ours("x:", "--handler", f"{here}:AsyncDisk"),
         RIVAL: lambda: tcmu_runner(root, image(directory, "runner")),
+        "file:": lambda: ours(f"file:{image(directory, 'ours')}"),
         KERNEL: lambda: loopback(
             "fileio_4711",
             f"fd_dev_name={image(directory, 'fileio')},fd_dev_size={SIZE},fd_buffered_io=1",
@@ -245,11 +250,11 @@ def guest(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         devices = {name: stack.enter_context(make()) for name, make in chosen.items()}
         for number in range(arguments.rounds):
-            # In turn, and the other way round every other time: what drifts, drifts for all.
-            for name in list(devices)[:: -1 if number % 2 else 1]:
-                for pattern, rate in fio(str(devices[name]), arguments.seconds).items():
-                    line = json.dumps({"consumer": name, "pattern": pattern, "round": number, "rate": rate})
-                    print(f"figure {line}", flush=True)
+            # The other way round every other time: what drifts, drifts for all.
+            turn = dict(list(devices.items())[:: -1 if number % 2 else 1])
+            for name, pattern, rate in fio(turn, arguments.seconds):
+                line = json.dumps({"consumer": name, "pattern": pattern, "round": number, "rate": rate})
+                print(f"figure {line}", flush=True)
 
 
 # On the host.
@@ -280,7 +285,7 @@ def main() -> None:
     parser.add_argument("--disk", action="store_true", help="files on ext4 on a virtual disk, not on tmpfs")
     parser.add_argument("--tunables", action="store_true", help="one disk of ours, with options of attach")
     parser.add_argument("--cheap-copies", action="store_true", help="a processor without `rep movsb`")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=None, help="of each run (1.2; quick: 0.7)")
     parser.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tcmu-runner", help=argparse.SUPPRESS)
@@ -303,7 +308,7 @@ def main() -> None:
         os.truncate(disk, 2 << 30)
         conditions = stated(
             guest=f"QEMU in emulation, 2 CPUs{', no rep movsb' * arguments.cheap_copies}, 3 GiB, Debian's kernel",
-            rounds=f"{arguments.rounds} of {arguments.seconds} s, in turn in one boot; medians",
+            rounds=f"{arguments.rounds} of {arguments.seconds} s, in one boot, in turn for each pattern; medians",
             files=f"{SIZE >> 20} MiB on {'ext4 on a virtual disk' if arguments.disk else 'tmpfs'}",
         )
         result = run(
