@@ -1,15 +1,13 @@
 """Commands for a served handler on the simulated kernel, many at a time: what it costs is not the figure.
 
-Everything is one process and one thread: the handler, the runtime, and the kernel's side with its copies. No command
-has a task of its own on this side; what is due is sent at once.
+The initiator and the kernel's side, with its copies, are a thread of the process that needs no interpreter: as with the
+real kernel they are not the event loop's work, and they compete with it for the processors.
 """
 
 from __future__ import annotations
 
-import itertools
 import struct
-import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -47,30 +45,11 @@ async def served(handler: BlockHandler) -> AsyncIterator[_native.Simulator]:
     assert not kernel.violations, kernel.violations
 
 
-async def drive(kernel: _native.Simulator, requests: Iterable[Request], depth: int) -> int:
-    """Keeps `depth` commands outstanding until there are no more; returns how many were done, all of them GOOD."""
-    rest: Iterator[Request] = iter(requests)
-    outstanding = done = 0
-    while True:
-        due = list(itertools.islice(rest, depth - outstanding))
-        if due:
-            kernel.plug()
-            for request in due:
-                kernel.submit(*request)
-            kernel.unplug()
-            outstanding += len(due)
-        if not outstanding:
-            return done
-        await trio.lowlevel.wait_readable(kernel.fileno())
-        finished = kernel.process_batch()
-        outstanding -= finished
-        done += finished
+async def drive(
+    kernel: _native.Simulator, requests: Sequence[Request], depth: int, seconds: float | None = None
+) -> int:
+    """Keeps `depth` commands outstanding until there are no more; returns how many were done, all of them GOOD.
 
-
-def until(seconds: float, requests: Iterable[Request]) -> Iterator[Request]:
-    """As many of the requests as fit into some time."""
-    end = time.perf_counter() + seconds
-    for request in requests:
-        if time.perf_counter() >= end:
-            return
-        yield request
+    With `seconds` it begins again with the first until the time is over.
+    """
+    return await trio.to_thread.run_sync(kernel.drive, requests, depth, seconds)

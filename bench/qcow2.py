@@ -2,10 +2,10 @@
 
     python -m bench.qcow2 [--quick | --levels] [--directory /var/tmp] [--write]
 
-**The transports differ.** `zstd:` is driven through the simulated ring by a generator in the same Python process, whose
-own time is in the figures; `qemu-nbd` by fio through a Unix socket, in processes of their own. So the processor time
-per command is to be compared first: of the peers that of the server alone, of ours that of everything. `qemu-img bench`
-is QEMU without any transport: reads at strides, as it has no random ones.
+**The transports differ.** `zstd:` is driven through the simulated ring, by a native thread that is the initiator and
+the kernel, copies included; `qemu-nbd` by fio through a Unix socket, in processes of their own. The processor time per
+command is of the peers that of the server alone, of ours that of everything. `qemu-img bench` is QEMU without any
+transport: reads at strides, as it has no random ones.
 
 What is written is data of the same file system from elsewhere in it. Overwrites are timed until they are durable and
 compressed: a flush and the close of the image are in the time. Everything is in the page cache, and no image has dirty
@@ -17,7 +17,6 @@ Needs fio with its nbd engine, qemu-utils and e2fsprogs. `--write` puts the figu
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -27,27 +26,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
-from tcmu_rs import _native
 from tcmu_rs.handlers.qcow2 import Qcow2Handler
 from tcmu_rs.handlers.qcow2.tools import create
 
 from . import generator
-from .generator import FLUSH, drive, served, until
+from .generator import FLUSH, drive, served
 from .report import publish, stated, table
 
 KIB, MIB = 1 << 10, 1 << 20
 LEVELS = (1, 2, 3, 9)
 BIG = 16 << 40
 TREES = ("/usr/bin", "/usr/lib/python3", "/usr/include", "/usr/share/perl", "/usr/share/doc")
-Work = Callable[["_native.Simulator"], Awaitable[int]]
-"""Runs commands, and returns how many operations that was."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,23 @@ class Plan:
     seconds: float
     rounds: int
     writes: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Commands for a disk.
+
+    Attributes:
+        requests: In this order.
+        depth: How many are outstanding at a time.
+        seconds: Begin again until the time is over.
+        count: Operations that they are; by default one each.
+    """
+
+    requests: Sequence[generator.Request]
+    depth: int
+    seconds: float | None = None
+    count: int | None = None
 
 
 @dataclass(frozen=True)
@@ -155,14 +168,15 @@ def convert(raw: Path, image: Path, cluster_size: int) -> None:
 # Ours, on the simulator.
 
 
-async def _measure(image: Path, work: Work, warm: int = 0, level: int | None = None) -> Figure:
+async def _measure(image: Path, load: Load, warm: int = 0, level: int | None = None) -> Figure:
     """Does work on an image; after writes a flush and the close count, the opening never does."""
     start = cpu = 0.0
     count = 0
     async with served(Qcow2Handler(image, compress=True, level=level)) as kernel:
-        await drive(kernel, (generator.read(offset, 256 * KIB) for offset in range(0, warm, 256 * KIB)), 4)
+        await drive(kernel, [generator.read(offset, 256 * KIB) for offset in range(0, warm, 256 * KIB)], 4)
         start, cpu = time.perf_counter(), time.process_time()
-        count = await work(kernel)
+        done = await drive(kernel, load.requests, load.depth, load.seconds)
+        count = load.count or done
         if warm:
             return _figure(count, start, cpu)
     return _figure(count, start, cpu)
@@ -172,53 +186,34 @@ def _figure(count: int, start: float, cpu: float) -> Figure:
     return Figure(count / (time.perf_counter() - start), (time.process_time() - cpu) / count * 1e6)
 
 
-def reads(size: int, depth: int, seconds: float) -> Work:
+def reads(size: int, depth: int, seconds: float) -> Load:
     """4 KiB from anywhere."""
     choose = random.Random(5).randrange
-    requests = [generator.read(choose(size // 4096) * 4096, 4096) for _ in range(50_000)]
-    return lambda kernel: drive(kernel, until(seconds, itertools.cycle(requests)), depth)
+    return Load([generator.read(choose(size // 4096) * 4096, 4096) for _ in range(50_000)], depth, seconds)
 
 
-def reads_in_order(size: int, depth: int, seconds: float) -> Work:
+def reads_in_order(size: int, depth: int, seconds: float) -> Load:
     """256 KiB after 256 KiB."""
-    requests = [generator.read(offset, 256 * KIB) for offset in range(0, size, 256 * KIB)]
-    return lambda kernel: drive(kernel, until(seconds, itertools.cycle(requests)), depth)
+    return Load([generator.read(offset, 256 * KIB) for offset in range(0, size, 256 * KIB)], depth, seconds)
 
 
-def writes(data: memoryview, places: list[int], depth: int, *, flush: bool = False) -> Work:
+def writes(data: memoryview, places: list[int], depth: int, *, flush: bool = False) -> Load:
     """Writes 4 KiB to each place, of the data that is some way on in the file system; flushes each time, or once."""
-
-    def requests() -> Iterator[generator.Request]:
-        for place in places:
-            source = (place + len(data) // 3 // 4096 * 4096) % len(data)
-            yield generator.write(place, bytes(data[source : source + 4096]))
-            if flush:
-                yield FLUSH
-        yield FLUSH
-
-    async def work(kernel: _native.Simulator) -> int:
-        await drive(kernel, requests(), depth)
-        return len(places)
-
-    return work
+    requests: list[generator.Request] = []
+    for place in places:
+        source = (place + len(data) // 3 // 4096 * 4096) % len(data)
+        requests.append(generator.write(place, bytes(data[source : source + 4096])))
+        if flush:
+            requests.append(FLUSH)
+    return Load([*requests, FLUSH], depth, count=len(places))
 
 
-def fills(data: memoryview) -> Work:
+def fills(data: memoryview) -> Load:
     """Writes all of the file system in order, but for what is zero; counts MiB."""
     zeroes = bytes(256 * KIB)
-
-    def requests() -> Iterator[generator.Request]:
-        for offset in range(0, len(data), 256 * KIB):
-            part = bytes(data[offset : offset + 256 * KIB])
-            if part != zeroes:
-                yield generator.write(offset, part)
-        yield FLUSH
-
-    async def work(kernel: _native.Simulator) -> int:
-        await drive(kernel, requests(), 4)
-        return len(data) >> 20
-
-    return work
+    parts = ((offset, bytes(data[offset : offset + 256 * KIB])) for offset in range(0, len(data), 256 * KIB))
+    requests = [generator.write(offset, part) for offset, part in parts if part != zeroes]
+    return Load([*requests, FLUSH], 4, count=len(data) >> 20)
 
 
 # QEMU, over NBD.
@@ -343,7 +338,7 @@ def measure(directory: Path, plan: Plan, report: Report) -> None:
             data=f"ext4 of {size >> 20} MiB with {', '.join(TREES)}",
             runs=f"{rounds} of {seconds} s, or {plan.writes:,} writes, in turn, medians",
             QEMU=run("qemu-img", "--version").splitlines()[0],
-            transports="ours the simulated ring, in the generator's process; qemu-nbd a Unix socket, driven by fio",
+            transports="ours the simulated ring, driven by a native thread; qemu-nbd a Unix socket, driven by fio",
         )
     )
     report.pattern(

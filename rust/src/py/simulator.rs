@@ -2,13 +2,22 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyTuple};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::device::DeviceError;
-use crate::ring::sim::{Config, Kernel, Request, Ticket};
+use crate::ring::sim::{Completion, Config, Kernel, Request, Ticket};
+
+/// After which a command is not waited for any more.
+const PATIENCE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+
+/// A CDB, Data-Out, and bytes of Data-In.
+type Outgoing = (PyBackedBytes, Option<PyBackedBytes>, usize);
 
 /// One device of a simulated kernel: see `tcmu_rs.testing`.
 #[pyclass(frozen, module = "tcmu_rs._native")]
@@ -23,6 +32,48 @@ impl Simulator {
     fn kernel(&self) -> MutexGuard<'_, Kernel> {
         self.kernel.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Nothing is locked while it waits: the consumer may ask for something.
+    fn drive_until<'a>(
+        &self,
+        mut commands: impl Iterator<Item = &'a Outgoing>,
+        depth: usize,
+        end: Option<Instant>,
+    ) -> PyResult<usize> {
+        let doorbell = self.kernel().doorbell().try_clone_to_owned()?;
+        let (mut outstanding, mut done) = (0, 0);
+        loop {
+            let mut kernel = self.kernel();
+            kernel.plug();
+            while outstanding < depth && end.is_none_or(|end| Instant::now() < end) {
+                let Some((cdb, data_out, data_in)) = commands.next() else { break };
+                kernel.send(cdb, data_out.as_deref().unwrap_or_default(), *data_in);
+                outstanding += 1;
+            }
+            kernel.unplug();
+            drop(kernel);
+            if outstanding == 0 {
+                return Ok(done);
+            }
+            if matches!(poll(&mut [PollFd::new(&doorbell, PollFlags::IN)], Some(&PATIENCE)), Ok(0)) {
+                return Err(PyRuntimeError::new_err("no command was answered for a minute"));
+            }
+            let count = count_good(&mut self.kernel())?;
+            outstanding -= count;
+            done += count;
+        }
+    }
+}
+
+/// Takes completions; each of them has to be GOOD.
+fn count_good(kernel: &mut Kernel) -> PyResult<usize> {
+    let finished = kernel.process();
+    if let Some(Completion { status, sense, .. }) = finished.iter().find(|done| done.status != 0) {
+        return Err(PyRuntimeError::new_err(format!("status {status:#x}, sense {sense:02x?}")));
+    }
+    let count = finished.len();
+    kernel.recycle(finished);
+    Ok(count)
 }
 
 #[pymethods]
@@ -97,17 +148,31 @@ impl Simulator {
     ///
     /// Raises RuntimeError if one of them is not GOOD.
     fn process_batch(&self) -> PyResult<usize> {
-        let mut kernel = self.kernel();
-        let finished = kernel.process();
-        if let Some(bad) = finished.iter().find(|done| done.status != 0) {
-            return Err(PyRuntimeError::new_err(format!(
-                "status {:#x}, sense {:02x?}",
-                bad.status, bad.sense
-            )));
-        }
-        let count = finished.len();
-        kernel.recycle(finished);
-        Ok(count)
+        count_good(&mut self.kernel())
+    }
+
+    /// Sends commands, at most `depth` at a time, until there are no more; with `seconds` again and again, for so long.
+    /// Returns how many were done.
+    ///
+    /// It is the initiator and the kernel, on a processor of their own, for benchmarks: it blocks, without the
+    /// interpreter, so it is run in a thread. A command is its CDB, Data-Out, and bytes of Data-In.
+    ///
+    /// Raises RuntimeError if one of them is not GOOD, or is not answered for a minute.
+    #[pyo3(signature = (commands, depth, seconds = None))]
+    fn drive(
+        &self,
+        py: Python<'_>,
+        commands: Vec<Outgoing>,
+        depth: usize,
+        seconds: Option<f64>,
+    ) -> PyResult<usize> {
+        py.detach(|| match seconds {
+            None => self.drive_until(commands.iter(), depth, None),
+            Some(seconds) => {
+                let end = Instant::now() + Duration::from_secs_f64(seconds);
+                self.drive_until(commands.iter().cycle(), depth, Some(end))
+            }
+        })
     }
 
     /// Holds events back until `unplug`.
