@@ -446,7 +446,7 @@ class Qcow2Handler(BlockHandler):
         await self._writing_to().write_zeroes(offset, length)
 
     def statistics(self) -> dict[str, float]:
-        """Numbers since the image was opened; nothing while only reads have been served.
+        """Numbers since the image was opened; only `file_bytes` until something is written.
 
         `file_bytes`: what the file takes, and `reserved_bytes` behind its end for what is dirty. `free_bytes`: holes in
         it that will be used again. `dirty_bytes`: clusters that are newer in memory. `log_bytes`, `log_used_bytes`: of
@@ -455,7 +455,10 @@ class Qcow2Handler(BlockHandler):
         `in_place`: writes to plain clusters where they are. `commits`: records of the log. `checkpoints`.
         `compactions`: passes over the map while the disk was idle, and `moved`: clusters that they have moved.
         """
-        return {} if self._writer is None else self._writer.statistics()
+        if self._image is None:
+            return {}
+        written = {} if self._writer is None else self._writer.statistics()
+        return {"file_bytes": self._image.storage.allocated, **written}
 
     def _writing_to(self) -> Writer:
         if self._writer is None:
