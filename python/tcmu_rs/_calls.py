@@ -8,10 +8,9 @@ from collections.abc import Awaitable, Callable, Generator
 from collections.abc import Coroutine as AnyCoroutine
 from typing import TYPE_CHECKING, Any
 
-import trio
-
 from . import _files, _native
 from ._handler import METHODS, BlockHandler, Colour, Handler, Verb, colour_of, has
+from ._threads import Threads
 
 if TYPE_CHECKING:
     from ._late import Overseer
@@ -70,7 +69,7 @@ class Calls:
         start_copy: Callable[[_native.Command], None],
         wake: Callable[[], None],
     ) -> None:
-        self._limiter = trio.CapacityLimiter(handler.max_in_flight)
+        self._threads = Threads(handler.max_in_flight, f"<tcmu_rs thread of {type(handler).__name__}>")
         self._handler = handler
         self._overseer = overseer
         self._start_copy = start_copy
@@ -100,7 +99,7 @@ class Calls:
         """Calls another method of the handler than those for commands."""
         method: Callable[..., Any] = getattr(self._handler, name)
         if colour_of(method) is Colour.BLOCKING:
-            await trio.to_thread.run_sync(method, *args, limiter=self._limiter)
+            await self._threads.run(functools.partial(method, *args))
         elif (result := method(*args)) is not None:
             await result
 
@@ -180,7 +179,7 @@ class Calls:
             call = functools.partial(method, *arguments(cmd), **({"fua": cmd.fua} if fua else {}))
             if colour is Colour.BLOCKING:
                 # Not abandoned on cancel: the thread may still be writing into the data area.
-                result = await trio.to_thread.run_sync(self._in_thread, cmd, call, limiter=self._limiter)
+                result = await self._threads.run(functools.partial(self._in_thread, cmd, call))
             else:
                 result = await call()
             if finish is not None:

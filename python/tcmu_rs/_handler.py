@@ -82,7 +82,8 @@ class Identity:
 def blocking(function: _F) -> _F:
     """Marks a plain method that may block: it runs in a worker thread.
 
-    The thread is never abandoned: a cancelled command waits for it, because it may still use the command's memory.
+    The thread is never abandoned: a cancelled command waits for it, because it may still use the command's memory. It
+    is not one of trio's: `trio.from_thread` has to be given the `trio_token`.
     """
     if inspect.iscoroutinefunction(function):
         raise TypeError(f"{function.__qualname__} is async already: @blocking is for plain functions")

@@ -11,6 +11,7 @@ import trio
 
 from ._handler import BlockHandler, Colour, ExtentState, check, colour_of, has
 from ._native import IoVec
+from ._threads import Threads
 
 if TYPE_CHECKING:
     from typing import Self
@@ -124,7 +125,7 @@ class Lower:
             if name in handler.taskless
             or not (has(handler, name) and colour_of(getattr(handler, name)) is Colour.ASYNC)
         ]
-        self._limiter = trio.CapacityLimiter(handler.max_in_flight)
+        self._threads = Threads(handler.max_in_flight, f"<tcmu_rs thread of {type(handler).__name__}>")
         self.read = self._awaitable("read")
         self.discard = self._awaitable("discard")
         self.write_zeroes = self._awaitable("write_zeroes")
@@ -190,6 +191,6 @@ class Lower:
             return result
 
         async def in_thread(*args: Any, **kwargs: Any) -> Any:
-            return await trio.to_thread.run_sync(functools.partial(method, *args, **kwargs), limiter=self._limiter)
+            return await self._threads.run(functools.partial(method, *args, **kwargs))
 
         return plain if colour is Colour.PLAIN else in_thread
