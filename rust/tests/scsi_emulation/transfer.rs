@@ -89,8 +89,8 @@ fn the_largest_addresses() {
         other => panic!("{other:?}"),
     };
     assert_eq!(offset(&six(0x08, 0x1f_ffff, 1)), 0x1f_ffff);
-    assert_eq!(offset(&ten(0x28, 0, u32::MAX, 2)), u32::MAX.into());
-    assert_eq!(offset(&twelve(0xa8, 0, u32::MAX, 2)), u32::MAX.into());
+    assert_eq!(offset(&ten(0x28, 0, u32::MAX, 2)), u64::from(u32::MAX));
+    assert_eq!(offset(&twelve(0xa8, 0, u32::MAX, 2)), u64::from(u32::MAX));
     assert_eq!(offset(&sixteen(0x88, 0, blocks - 2, 2)), blocks - 2);
 }
 
