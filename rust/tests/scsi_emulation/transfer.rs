@@ -107,7 +107,7 @@ fn zero_blocks_are_none_elsewhere() {
     let mut disk = Disk::new(16, ALL);
     for write in [false, true] {
         for cdb in &forms(write, 15, 0)[1..] {
-            assert_eq!(disk.read(cdb, 512), []);
+            assert!(disk.read(cdb, 512).is_empty());
         }
         for cdb in &forms(write, 16, 0)[1..] {
             assert_check(disk.command(cdb), Sense::LBA_OUT_OF_RANGE);
