@@ -23,8 +23,8 @@ from .everything import Everything, KernelLog, served
 pytestmark = pytest.mark.judges
 
 SIZE = 64 << 20
-PASSES = 194
-"""What was reached. A command that the emulation learns raises it."""
+PASSES = 193
+"""What was reached, when all failed that varies. A command that the emulation learns raises it."""
 
 _TABLE = Path(__file__).parents[2] / "docs/scsi.md"
 _ROW = re.compile(r"^\| `(?P<name>[\w.-]+)` \| (?P<verdict>skipped|failed|varies) \| (?P<whose>[^|]+) \|", re.MULTILINE)
