@@ -99,7 +99,7 @@ async def test_it_stops_as_soon_as_somebody_reads(tmp_path: Path) -> None:
             nonlocal commands
             calls.append(list(clusters))
             commands += len(calls) == 3
-            return await writer._rewrite(clusters)
+            return await writer._destaging.rewrite(clusters)
 
         compactor = Compactor(
             writer._image,
@@ -110,7 +110,7 @@ async def test_it_stops_as_soon_as_somebody_reads(tmp_path: Path) -> None:
             closing=trio.Event(),
             rate=1 << 40,
         )
-        await writer.destage()
+        await writer._destaging.destage()
         await writer.flush()
         free = writer._space.holes.sectors
         assert not await compactor.run(), "the disk was busy a moment ago"
@@ -160,11 +160,12 @@ class Eager(Qcow2Handler):
 
     async def flush(self) -> None:
         await super().flush()
-        if self._writer is not None and (compactor := self._writer._compactor) is not None:
+        writer = self._writer
+        if writer is not None and writer._session is not None and (compactor := writer._upkeep.compactor) is not None:
             compactor._seen, compactor._done_at = compactor._activity(), -1
             compactor._tried.clear()
             before = compactor.moved
-            await self._writer._compact()
+            await writer._upkeep.compact()
             Eager.moved += compactor.moved - before
 
 

@@ -17,7 +17,7 @@ from tcmu_rs.handlers.qcow2 import log as log_module
 from tcmu_rs.handlers.qcow2.changes import Changes
 from tcmu_rs.handlers.qcow2.log import Record
 from tcmu_rs.handlers.qcow2.pages import Pages
-from tcmu_rs.handlers.qcow2.writer import Writer
+from tcmu_rs.handlers.qcow2.recorder import Recorder
 from tcmu_rs.testing.crash import LostWrite, Medium, check_power_cuts, recorded_file
 
 from . import luks, qcow2
@@ -113,25 +113,25 @@ async def test_a_real_file(tmp_path: Path) -> None:
 
 
 def forget_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = Writer._take
+    take = Recorder.take
 
-    def without(self: Writer, **which: bool) -> Any:
+    def without(self: Recorder, **which: bool) -> Any:
         record, *rest = take(self, **which)
         record.pieces = []
         return record, *rest
 
-    monkeypatch.setattr(Writer, "_take", without)
+    monkeypatch.setattr(Recorder, "take", without)
 
 
 def forget_what_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = Writer._take
+    take = Recorder.take
 
-    def without(self: Writer, **which: bool) -> Any:
+    def without(self: Recorder, **which: bool) -> Any:
         record, *rest = take(self, **which)
         record.settled = []
         return record, *rest
 
-    monkeypatch.setattr(Writer, "_take", without)
+    monkeypatch.setattr(Recorder, "take", without)
 
 
 def use_freed_space_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ async def test_data_is_durable_before_the_record_that_names_it(tmp_path: Path) -
             for _ in range(rng.randrange(1, 30)):
                 await disk.write(rng.randrange(1000) * 4096, IoVec([rng.randbytes(4096)]))
             assert disk._writer is not None
-            await disk._writer.destage()
+            await disk._writer._destaging.destage()
             events.clear()
             await disk.write(rng.randrange(1000) * 4096, IoVec([rng.randbytes(4096)]))
             await disk.flush()
@@ -196,14 +196,14 @@ async def test_a_slow_write_of_old_data_never_lands_on_new_data(
         writer = disk._writer
         assert writer is not None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(writer.destage)
+            nursery.start_soon(writer._destaging.destage)
             await trio.to_thread.run_sync(arrived.wait)
             await disk.discard(8192, 4096)
             await disk.write(8192, IoVec([b"new!" * 1024]))
-            nursery.start_soon(writer.destage)
+            nursery.start_soon(writer._destaging.destage)
             await trio.sleep(0.01)
             first.set()
-        await writer.destage()
+        await writer._destaging.destage()
         await disk.flush()
     assert (await contents(path))[8192:12288] == b"new!" * 1024
 

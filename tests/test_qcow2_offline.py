@@ -218,7 +218,7 @@ async def test_the_level_is_chosen_when_the_image_is_made(tmp_path: Path) -> Non
         async with ZstdHandler(path) as disk:
             await disk.write(0, IoVec([text]))
             assert disk._writer is not None
-            await disk._writer.destage()
+            await disk._writer._destaging.destage()
             sizes[level] = disk.statistics()["stored_bytes"]
         check(path)
         found = await ZstdHandler.info(str(path), NOTHING)
