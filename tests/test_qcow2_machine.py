@@ -287,6 +287,9 @@ class Qcow2Machine(BlockMachine):
     def apply_or_delete(self, data: st.DataObject, action: str, ours: bool) -> None:
         """Somebody goes back to a snapshot, or deletes one."""
         name = data.draw(st.sampled_from(sorted(self.snapshots)))
+        if action == "apply" and len(self.snapshots[name]) != len(self._model):
+            # QEMU does not change the size of an image of version 2 that has snapshots.
+            ours = ours or self.kind.options.get("compat") == "0.10"
         self.closed()
         if self._branch(action, name, ours=ours):
             if action == "apply":
