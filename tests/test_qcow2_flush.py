@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ import trio.testing
 
 from tcmu_rs import IoVec
 from tcmu_rs.handlers.qcow2 import Qcow2Handler, Storage, create
+from tcmu_rs.handlers.qcow2.branching import Branching
+from tcmu_rs.handlers.qcow2.log import Log as Records
+from tcmu_rs.handlers.qcow2.packing import Packer
 from tcmu_rs.testing import simulated
 
+from .conftest import Log
 from .disks import BLOCK, GOOD, SYNCHRONIZE_CACHE, TASK_ABORTED, write16
 from .qcow2 import check
 from .test_files import pipe, uring
@@ -115,3 +120,94 @@ async def test_a_cancelled_flush_is_seen_through(tmp_path: Path, receiver: int, 
             expected = b"a" * BLOCK + b"b" * BLOCK + (b"c" * BLOCK if number == 2 else bytes(BLOCK))
             assert await image.left() == expected
     check(image.path)
+
+
+@pytest.mark.parametrize("clusters", [1, 60], ids=["at once", "in a thread"])
+async def test_a_record_that_cannot_be_made_is_not_left_out(
+    tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, clusters: int
+) -> None:
+    """What was taken for it would be in no record: the next flush must not say that all is durable."""
+    path = tmp_path / "image"
+    create(path, MIB, cluster_size=8192)
+    disk = Qcow2Handler(path, compress=True, idle=None)
+    await disk.open()
+    await disk.write(0, IoVec([b"a" * BLOCK]))
+    await disk.flush()
+    for number in range(clusters):
+        await disk.write(number * 8192, IoVec([b"b" * BLOCK]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "encode", no_memory)
+        with pytest.raises(MemoryError):
+            await disk.flush()
+    for change in (disk.flush, disk.aclose):
+        with pytest.raises(OSError, match="an earlier flush failed"):
+            await change()
+    async with Qcow2Handler(path, idle=None) as disk:
+        found = bytearray(BLOCK)
+        await disk.read(0, IoVec([found]))
+        assert found == b"a" * BLOCK
+    check(path)
+    log.records.clear()
+
+
+def no_memory(*_: object) -> bytes:
+    raise MemoryError
+
+
+async def test_an_error_that_is_over_is_not_told(tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that was full, and is not any more when somebody has to wait for room in the cache."""
+    path = tmp_path / "image"
+    create(path, MIB, cluster_size=8192)
+
+    async def write(disk: Qcow2Handler, clusters: range) -> None:
+        for number in clusters:
+            await disk.write(number * 8192, IoVec([bytes([number]) * 8192]))
+
+    async with Qcow2Handler(path, compress=True, cache_size=64 << 10, idle=None) as disk:
+        with monkeypatch.context() as patch:
+            patch.setattr(Packer, "write_out", no_space)
+            await write(disk, range(5))
+            await until(lambda: bool(log.records))
+        await write(disk, range(5, 6))
+        await until(lambda: disk.statistics()["destaged"] > 0)
+        await write(disk, range(6, 60))
+        await disk.flush()
+        log.expect("what is dirty cannot be written back: [Errno 28] No space left on device")
+        log.records.clear()
+        found = bytearray(8192)
+        for number in range(60):
+            await disk.read(number * 8192, IoVec([found]))
+            assert found == bytes([number]) * 8192
+    check(path)
+
+
+async def test_a_checkpoint_that_fails_is_no_success(tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last part goes on behind, and a snapshot was said to be there when that had failed."""
+    path = tmp_path / "image"
+    create(path, MIB, cluster_size=8192)
+    disk = Qcow2Handler(path, compress=True, idle=None)
+    await disk.open()
+    await disk.write(0, IoVec([b"a" * BLOCK]))
+    writer = disk._writer
+    assert writer is not None
+    with monkeypatch.context() as patch:
+
+        def change(branching: Branching) -> None:
+            branching.create_snapshot("before")
+            patch.setattr(Records, "write_state", no_space)
+
+        with pytest.raises(OSError, match="No space left on device"):
+            await writer.branch(change)
+    with pytest.raises(OSError, match="an earlier flush failed"):
+        await disk.aclose()
+    log.expect("nothing is written any more")
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(20):
+        while not condition():  # noqa: ASYNC110 - what it waits for tells nobody
+            await trio.sleep(0.01)

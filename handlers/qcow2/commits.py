@@ -88,6 +88,7 @@ class Commits:
             with trio.CancelScope(shield=True):
                 await self._recorder.checkpoint()
         await self._recorder.wait_for_checkpoint()
+        self._failure.check()
 
     def _is_simple(self) -> bool:
         """Whether a flush is one small transfer: a record that is durable alone, or an fdatasync."""
@@ -114,9 +115,8 @@ class Commits:
                 await self._see_through(self._payload.storage.sync)
             return
         record, dropped, _ = recorder.take(images=False)
-        data = log.encode(record)
         try:
-            await self._see_through(lambda: log.append(data, everything=False))
+            await self._see_through(lambda: log.append(log.encode(record), everything=False))
         finally:
             if self._failure.error is None:
                 self._end(dropped)

@@ -246,6 +246,8 @@ class Destaging:
                 raise
             else:
                 self._settle(jobs)
+                # What was in the way is not there any more.
+                self._error = None
             finally:
                 recorder.promised -= worst
                 self._landed(jobs)

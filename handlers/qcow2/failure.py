@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -47,8 +48,8 @@ class Failure:
         """Does what makes durable: if it fails, nothing is certain any more."""
         try:
             return await work
-        except OSError as error:
-            self.fail(error)
+        except Exception as error:
+            self.fail(error if isinstance(error, OSError) else OSError(errno.EIO, repr(error)))
             raise
 
     async def in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:

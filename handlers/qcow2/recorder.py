@@ -177,11 +177,7 @@ class Recorder:
 
     async def append(self, record: Record) -> None:
         """Makes a record durable, and what it needs."""
-        if len(record.pages) + len(record.pieces) + len(record.extents) <= _FEW:
-            # Encoded sooner than a thread begins.
-            data = self.log.encode(record)
-        else:
-            data = await self._failure.in_thread(self.log.encode, record)
+        data = await self._failure.or_fail(self._encode(record))
         if len(data) > self.log.room:
             self._failure.fail(OSError(errno.EFBIG, f"{len(data)} bytes of changes do not fit into the log"))
             self._failure.check()
@@ -189,6 +185,12 @@ class Recorder:
             # What the record names, and all that was written in place before it was taken.
             await self._failure.or_fail(self._payload.storage.sync())
         await self._failure.or_fail(self.log.append(data, everything=record.needs_data))
+
+    async def _encode(self, record: Record) -> bytes:
+        if len(record.pages) + len(record.pieces) + len(record.extents) <= _FEW:
+            # Sooner done than a thread begins.
+            return self.log.encode(record)
+        return await trio.to_thread.run_sync(self.log.encode, record)
 
     def release(self, dropped: Sequence[tuple[int, int]]) -> None:
         """A record is durable: nothing durable names these places any more."""
