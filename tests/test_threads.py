@@ -130,23 +130,30 @@ async def test_calls_that_come_when_threads_end_are_made(monkeypatch: pytest.Mon
 async def test_when_there_can_be_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = Threads(4, "refused")
 
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             await threads.run(lambda: None)
     assert await threads.run(lambda: 1) == 1
-    # The one that there is comes to all of them.
+
+
+async def test_when_there_can_be_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that there is comes to all of them."""
+    threads = Threads(4, "alone")
     free = threading.Event()
+    done: list[int] = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(threads.run, partial(free.wait, 20))
         await trio.testing.wait_all_tasks_blocked()
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
-            for _ in range(3):
-                nursery.start_soon(threads.run, lambda: None)
-            await trio.testing.wait_all_tasks_blocked()
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        for number in range(3):
+            nursery.start_soon(threads.run, partial(done.append, number))
+        await trio.testing.wait_all_tasks_blocked()
+        assert done == []
         free.set()
-    assert len(named("refused")) == 1
+    assert sorted(done) == [0, 1, 2]
+    assert len(named("alone")) == 1
+
+
+def refuse(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
