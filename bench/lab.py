@@ -64,6 +64,14 @@ TARGETS: dict[str, dict[str, dict[str, float]]] = {
     },
     KERNEL: {"file:": {"rr qd32": 0.9, "rw qd32": 0.9}},
 }
+# Who spends processor time, by how the name of the program begins.
+GROUPS = {
+    "fio": ("fio",),
+    "kernel threads": ("kworker", "ksoftirqd", "rcu_"),
+    "server": ("tcmu-r",),
+    "others": ("",),
+}
+OBSERVED = ("rr qd32", "rw qd32")
 CORE = Path("/sys/kernel/config/target/core")
 
 
@@ -215,6 +223,44 @@ def fio(devices: dict[str, str], seconds: float) -> Iterator[tuple[str, str, flo
         yield consumer, pattern, float(job["read" if PATTERNS[pattern][0] == "randread" else "write"]["iops"])
 
 
+def processor_time() -> dict[str, float]:
+    """Microseconds that there were until now, by who had them: `GROUPS`."""
+    found = dict.fromkeys(GROUPS, 0.0)
+    for task in Path("/proc").glob("[0-9]*/task/[0-9]*"):
+        try:
+            program = (task.parent.parent / "comm").read_text()
+            spent = int((task / "schedstat").read_text().split()[0]) / 1000
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        found[next((name for name, begins in GROUPS.items() if program.startswith(begins)), "others")] += spent
+    return found
+
+
+def spent(device: str, pattern: str, seconds: float) -> dict[str, float]:
+    """Microseconds of processor time of one command, by who spends it; and `each`, of wall time."""
+    kind, length, depth = PATTERNS[pattern]
+    counters = Path("/sys/block", Path(device).name, "stat")
+    column = 0 if kind == "randread" else 4
+
+    def count() -> int:
+        return int(counters.read_text().split()[column])
+
+    command = [
+        "fio", "--name=x", f"--filename={device}", "--direct=1", "--ioengine=libaio", f"--size={SIZE}", "--time_based",
+        "--runtime=600", "--norandommap", f"--rw={kind}", f"--bs={length}", f"--iodepth={depth}",
+    ]  # fmt: skip
+    first = count()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        # Its start takes longer than what is measured.
+        while count() < first + 500:
+            time.sleep(0.1)
+        before, done, start = processor_time(), count(), time.monotonic()
+        time.sleep(seconds)
+        after, commands, each = processor_time(), count() - done, time.monotonic() - start
+        process.terminate()
+    return {**{name: (after[name] - before[name]) / commands for name in GROUPS}, "each": each / commands * 1e6}
+
+
 def guest(arguments: argparse.Namespace) -> None:
     """Measures, and prints one line of JSON for each consumer and round."""
     for module in ("target_core_user", "target_core_file", "tcm_loop"):
@@ -255,6 +301,10 @@ def guest(arguments: argparse.Namespace) -> None:
             for name, pattern, rate in fio(turn, arguments.seconds):
                 line = json.dumps({"consumer": name, "pattern": pattern, "round": number, "rate": rate})
                 print(f"figure {line}", flush=True)
+        if not (arguments.tunables or arguments.quick):
+            for pattern, name in itertools.product(OBSERVED, devices):
+                line = json.dumps({"consumer": name, "pattern": pattern, **spent(devices[name], pattern, 3)})
+                print(f"spent {line}", flush=True)
 
 
 # On the host.
@@ -300,7 +350,7 @@ def main() -> None:
 
     job = [sys.executable, "-m", "bench.lab", "--guest", "--tcmu-runner", str(fetch_tcmu_runner())]
     job += ["--rounds", str(arguments.rounds), "--seconds", str(arguments.seconds)]
-    job += ["--tunables"] * arguments.tunables
+    job += ["--tunables"] * arguments.tunables + ["--quick"] * arguments.quick
     job += ["--disk"] * arguments.disk + (["--only", *arguments.only] if arguments.only else [])
     with tempfile.TemporaryDirectory() as name:
         disk = Path(name, "disk")
@@ -320,10 +370,15 @@ def main() -> None:
             on_output=lambda output: (sys.stderr.buffer.write(output), sys.stderr.flush()),
         ).check()
     figures: dict[str, dict[str, list[float]]] = {}
+    spending: list[list[object]] = []
     for line in result.text.splitlines():
-        if line.startswith("figure "):
-            figure = json.loads(line.removeprefix("figure "))
+        kind, _, data = line.partition(" ")
+        if kind == "figure":
+            figure = json.loads(data)
             figures.setdefault(figure["consumer"], {}).setdefault(figure["pattern"], []).append(figure["rate"])
+        elif kind == "spent":
+            one = json.loads(data)
+            spending.append([one["pattern"], one["consumer"], *(f"{one[key]:.0f}" for key in ("each", *GROUPS))])
     rows: list[list[object]] = [[name, *(_spread(rates[p]) for p in PATTERNS)] for name, rates in figures.items()]
     text = [conditions, "### Commands per second: median (lowest-highest)", table(["consumer", *PATTERNS], rows)]
     medians = {name: [statistics.median(rates[p]) for p in PATTERNS] for name, rates in figures.items()}
@@ -337,6 +392,11 @@ def main() -> None:
                 for name, rates in figures.items()
             ]
             text += [f"### Against {other}: median of the ratios, round by round", table(["consumer", *PATTERNS], rows)]
+    if spending:
+        text += [
+            "### Where the time goes: microseconds of one command, and of the two processors by who has them",
+            table(["pattern", "consumer", "each takes", *GROUPS], spending),
+        ]
     sentences = []
     if (
         not (arguments.tunables or arguments.disk or arguments.cheap_copies)
