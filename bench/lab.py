@@ -210,8 +210,10 @@ def fio(devices: dict[str, str], seconds: float) -> Iterator[tuple[str, str, flo
     So what is compared is measured within seconds. It is one fio for all: that starts as slowly as it runs.
     """
     command = [
-        "fio", "--direct=1", "--ioengine=libaio", f"--size={SIZE}", "--time_based", f"--runtime={seconds}",
-        "--ramp_time=0.3", "--norandommap", "--randrepeat=1", "--output-format=json",
+        "fio", "--direct=1", "--ioengine=libaio", f"--size={SIZE}", "--time_based",
+        # Not in seconds: it leaves out what is behind the point.
+        f"--runtime={round(seconds * 1000)}ms", "--ramp_time=300ms",
+        "--norandommap", "--randrepeat=1", "--output-format=json",
     ]  # fmt: skip
     jobs = list(itertools.product(PATTERNS, devices))
     for pattern, consumer in jobs:

@@ -128,7 +128,8 @@ def over_nbd(socket: Path, *command: str, size: int = SIZE) -> Measure:
             before = cpu_of(pid)
             fio = [
                 "fio", "--name=x", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}", f"--bs={length}",
-                f"--size={size}", f"--iodepth={depth}", "--time_based", f"--runtime={seconds}", "--norandommap",
+                f"--size={size}", f"--iodepth={depth}", "--time_based", f"--runtime={round(seconds * 1000)}ms",
+                "--norandommap",
                 "--output-format=json",
             ]  # fmt: skip
             output = subprocess.run(fio, check=True, capture_output=True, text=True).stdout

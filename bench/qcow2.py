@@ -358,7 +358,7 @@ def measure(directory: Path, plan: Plan, report: Report) -> None:
     report.say(table(["fresh image", "MiB", "of `convert -c` at 64 KiB"], rows))
     report.judge("Fresh image: parts of `qemu-img convert -c` at 64 KiB", sizes[OURS] / sizes[CONVERT64], "≤", 1.1)
 
-    timed = ["--time_based", f"--runtime={seconds}"]
+    timed = ["--time_based", f"--runtime={round(seconds * 1000)}ms"]
     random_read = ["--rw=randread", "--bs=4k", "--iodepth=32", *timed]
     report.pattern(
         READ, 1, "per second", rounds,
