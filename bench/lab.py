@@ -337,12 +337,12 @@ def main() -> None:
     parser.add_argument("--disk", action="store_true", help="files on ext4 on a virtual disk, not on tmpfs")
     parser.add_argument("--tunables", action="store_true", help="one disk of ours, with options of attach")
     parser.add_argument("--cheap-copies", action="store_true", help="a processor without `rep movsb`")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=None, help="of each run (1.2; quick: 0.7)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=None, help="of each run (3; quick: 0.7)")
     parser.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tcmu-runner", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.seconds = arguments.seconds or (0.7 if arguments.quick else 1.2)
+    arguments.seconds = arguments.seconds or (0.7 if arguments.quick else 3.0)
     if arguments.guest:
         guest(arguments)
         return
