@@ -5,9 +5,9 @@
 
 The guest runs in emulation, fifteen to twenty times slower than the machine: only the ratios mean something. The kernel
 copies with `rep movsb`, which is emulated byte by byte, so large transfers are mostly copies; with `--cheap-copies` the
-processor does not offer that, and copies take a third of the time. Debian's
-tcmu-runner has no handler for plain files; its `qcow` handler serves a raw image with `pread` and `pwrite` in C
-threads, and that is what is measured. All files are on the guest's tmpfs, or with `--disk` on ext4 on a virtual disk.
+processor does not offer that, and copies take a third of the time. Debian's tcmu-runner has no handler for plain files;
+its `qcow` handler serves a raw image with `pread` and `pwrite` in C threads, and that is what is measured. All files
+are on the guest's tmpfs, or with `--disk` on ext4 on a virtual disk.
 
 With `--tunables` it is one disk of ours, once as it comes and once with each option of `tcmu-rs attach` that may make
 it faster or slower.
@@ -71,6 +71,7 @@ GROUPS = {
     "server": ("tcmu-r",),
     "others": ("",),
 }
+FIO = ("fio", "--direct=1", "--ioengine=libaio", f"--size={SIZE}", "--time_based", "--norandommap", "--randrepeat=1")
 OBSERVED = ("rr qd32", "rw qd32")
 CORE = Path("/sys/kernel/config/target/core")
 
@@ -204,22 +205,23 @@ def tcmu_runner(root: Path, file: Path) -> Iterator[str]:
         bus.wait()
 
 
+def fio_job(pattern: str, device: str) -> list[str]:
+    """One job of fio's, which begins when those before it are over."""
+    kind, length, depth = PATTERNS[pattern]
+    where = [f"--name={pattern}", "--stonewall", f"--filename={device}"]
+    return [*where, f"--rw={kind}", f"--bs={length}", f"--iodepth={depth}"]
+
+
 def fio(devices: dict[str, str], seconds: float) -> Iterator[tuple[str, str, float]]:
     """The consumer, the pattern, and its commands per second: pattern by pattern, all consumers one after the other.
 
     So what is compared is measured within seconds. It is one fio for all: that starts as slowly as it runs.
     """
-    command = [
-        "fio", "--direct=1", "--ioengine=libaio", f"--size={SIZE}", "--time_based",
-        # Not in seconds: it leaves out what is behind the point.
-        f"--runtime={round(seconds * 1000)}ms", "--ramp_time=300ms",
-        "--norandommap", "--randrepeat=1", "--output-format=json",
-    ]  # fmt: skip
+    # Not in seconds: it leaves out what is behind the point.
+    command = [*FIO, f"--runtime={round(seconds * 1000)}ms", "--ramp_time=300ms", "--output-format=json"]
     jobs = list(itertools.product(PATTERNS, devices))
     for pattern, consumer in jobs:
-        kind, length, depth = PATTERNS[pattern]
-        command += [f"--name={pattern} {consumer}", "--stonewall", f"--filename={devices[consumer]}"]
-        command += [f"--rw={kind}", f"--bs={length}", f"--iodepth={depth}"]
+        command += fio_job(pattern, devices[consumer])
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     for (pattern, consumer), job in zip(jobs, json.loads(output[output.index("{") :])["jobs"], strict=True):
         yield consumer, pattern, float(job["read" if PATTERNS[pattern][0] == "randread" else "write"]["iops"])
@@ -240,17 +242,13 @@ def processor_time() -> dict[str, float]:
 
 def spent(device: str, pattern: str, seconds: float) -> dict[str, float]:
     """Microseconds of processor time of one command, by who spends it; and `each`, of wall time."""
-    kind, length, depth = PATTERNS[pattern]
     counters = Path("/sys/block", Path(device).name, "stat")
-    column = 0 if kind == "randread" else 4
+    column = 0 if PATTERNS[pattern][0] == "randread" else 4
 
     def count() -> int:
         return int(counters.read_text().split()[column])
 
-    command = [
-        "fio", "--name=x", f"--filename={device}", "--direct=1", "--ioengine=libaio", f"--size={SIZE}", "--time_based",
-        "--runtime=600", "--norandommap", f"--rw={kind}", f"--bs={length}", f"--iodepth={depth}",
-    ]  # fmt: skip
+    command = [*FIO, "--runtime=600", *fio_job(pattern, device)]
     first = count()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         # Its start takes longer than what is measured.
