@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any, cast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,3 +40,72 @@ def test_sectors_are_free_when_the_last_user_goes(
                 free.add(sector)
         found = [sector for start, length in space.holes._lengths.items() for sector in range(start, start + length)]
         assert sorted(found) == sorted(free)
+
+
+UNIT = 128
+
+
+def is_free(space: Space) -> list[int]:
+    """Sectors in holes, each as often as it is in one."""
+    return sorted(sector for start, length in space.holes.all() for sector in range(start, start + length))
+
+
+def test_a_unit_that_was_sparse_and_is_free_now_is_free_once() -> None:
+    # Compaction chose a unit, a flush freed the rest of it and of its neighbours, and only then it was set aside. When
+    # it was put back its sectors were in two holes, so two clusters got the same place: the one that came first was
+    # lost.
+    space = Space(cast("Any", None), 13, 0, packed=True)
+    space.use(space.take_run(MIB), MIB)
+    for sector in range(5 * UNIT, 6 * UNIT, 4):
+        space.free(sector * 512, 512)
+    (chosen,) = space.sparse_units()
+    assert chosen == {5}
+    for sector in range(4 * UNIT + 100, 6 * UNIT + 20):
+        if not 5 * UNIT <= sector < 6 * UNIT or sector % 4:
+            space.free(sector * 512, 512)
+    space.set_aside(chosen)
+    space.put_back()
+    assert is_free(space) == [*range(4 * UNIT + 100, 6 * UNIT + 20)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_set_aside_and_put_back_is_free_once(seed: int) -> None:
+    random = Random(seed)
+    space = Space(cast("Any", None), 13, 0, packed=True)
+    size = MIB // 512
+    space.take_run(MIB)
+    used = set(range(size))
+    for sector in used:
+        space.use(sector * 512, 512)
+
+    def work() -> None:
+        """Frees short and long runs, and takes some."""
+        for _ in range(random.randrange(30)):
+            start = random.randrange(size)
+            for sector in range(start, min(size, start + random.choice([1, 2, 4, 64, 300]))):
+                if sector in used and random.random() < 0.95:
+                    used.remove(sector)
+                    space.free(sector * 512, 512)
+            length = random.choice([1, 3, 17])
+            at = space.take_sectors(length * 512)
+            if at is not None:
+                space.use(at, length * 512)
+                for sector in range(at // 512, at // 512 + length):
+                    assert sector not in used
+                    assert sector // UNIT not in aside
+                    used.add(sector)
+
+    aside: set[int] = set()
+    for _ in range(2):
+        work()
+        chosen: set[int] = set()
+        for units in space.sparse_units():
+            chosen |= units
+            if seed % 2:
+                work()
+        aside = space.set_aside(chosen)
+        assert not {sector // UNIT for sector in is_free(space)} & aside
+        work()
+        aside = set()
+        space.put_back()
+        assert is_free(space) == sorted(set(range(size)) - used)

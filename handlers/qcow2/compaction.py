@@ -85,7 +85,7 @@ class Compactor:
             return False
         self.passes += 1
         moved = self.moved
-        self._space.set_aside(units)
+        units = self._space.set_aside(units)
         try:
             if await self._empty(units):
                 self._tried |= units
@@ -105,7 +105,7 @@ class Compactor:
         """Units that are worth it."""
         found: set[int] = set()
         for units in self._space.sparse_units():
-            found.update(unit for unit in units if unit not in self._tried)
+            found |= units - self._tried
             await trio.lowlevel.checkpoint()
             if len(found) >= _MOST or self._is_busy():
                 break

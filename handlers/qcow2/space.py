@@ -27,6 +27,8 @@ _UNIT = 128
 """Sectors that compaction empties: so many are worth giving back."""
 _FRAGMENTED = _UNIT // 4
 """Free sectors that make it worth to do so."""
+_LARGE = bytes(_EXACT)
+"""Users of a hole that is worth a system call of its own."""
 
 
 class Holes:
@@ -418,37 +420,40 @@ class Space:
         """The unit that a byte of the file is in."""
         return offset // (_UNIT * SECTOR)
 
-    def sparse_units(self) -> Iterator[list[int]]:
+    def sparse_units(self) -> Iterator[set[int]]:
         """Units that have many small holes, and so cannot be given back; some at a time."""
         if not self.packed or self._unknown:
             return
-        large = bytes(_EXACT)
-        for region, users in list(self._users.items()):
-            found = []
-            for start in range(0, _REGION, _UNIT):
-                free = users.count(0, start, start + _UNIT)
-                if (
-                    _FRAGMENTED <= free < _UNIT
-                    # A table, or what others keep here.
-                    and users.find(255, start, start + _UNIT) < 0
-                    and users.find(large, start, start + _UNIT) < 0
-                    and (region * _REGION + start + _UNIT) * SECTOR <= self.end
-                ):
-                    found.append((region * _REGION + start) // _UNIT)
-            yield found
+        for region in list(self._users):
+            first = region * _REGION // _UNIT
+            yield {unit for unit in range(first, first + _REGION // _UNIT) if self._is_sparse(unit)}
 
-    def set_aside(self, units: set[int]) -> None:
-        """Lets nothing more get into these units."""
-        self._aside = units
+    def _is_sparse(self, unit: int) -> bool:
+        users = self._users.get(unit * _UNIT // _REGION)
+        if users is None or (unit + 1) * _UNIT * SECTOR > self.end:
+            return False
+        start = unit * _UNIT % _REGION
+        stop = start + _UNIT
+        return (
+            _FRAGMENTED <= users.count(0, start, stop) < _UNIT
+            # A table, or what others keep here.
+            and users.find(255, start, stop) < 0
+            and users.find(_LARGE, start, stop) < 0
+        )
+
+    def set_aside(self, units: set[int]) -> set[int]:
+        """Lets nothing more get into these units, but for those that are not sparse any more; returns the others."""
+        self._aside = {unit for unit in units if self._is_sparse(unit)}
         for start, length in self.holes.all():
-            # What lies between these two is free as a whole, and is not set aside.
+            # What lies between these two is free as a whole, and so not sparse.
             first, last = start // _UNIT, (start + length - 1) // _UNIT
-            keep = (first + 1) * _UNIT if first in units else start
-            stop = last * _UNIT if last in units else start + length
+            keep = (first + 1) * _UNIT if first in self._aside else start
+            stop = last * _UNIT if last in self._aside else start + length
             if (keep, stop) != (start, start + length):
                 self.holes.remove(start)
                 if stop > keep:
                     self.holes.add(keep, stop - keep)
+        return self._aside
 
     def put_back(self) -> None:
         """What is free in them may be used again."""
