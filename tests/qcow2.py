@@ -16,7 +16,10 @@ import trio
 
 from tcmu_rs import BlockHandler
 from tcmu_rs.handlers.qcow2.handler import Qcow2Handler
+from tcmu_rs.handlers.qcow2.header import SECTOR
+from tcmu_rs.handlers.qcow2.snapshots import read_snapshots
 from tcmu_rs.handlers.qcow2.storage import Storage
+from tcmu_rs.handlers.qcow2.tables import COMPRESSED, OFFSET, Tables
 from tcmu_rs.testing.crash import Image, Medium
 
 
@@ -126,10 +129,76 @@ class RecordedStorage(Storage):
         return True
 
 
+def audit(disk: Qcow2Handler) -> None:
+    """Asserts that what is free for new data is free once, and that nothing in use is.
+
+    Who takes a place that is in use, or one that somebody else has got too, loses data, but only if the rest of the
+    test happens to be unlucky; this needs no luck.
+    """
+    writer = disk._writer
+    if writer is None or writer._session is None:
+        return
+    image, space, changes = writer._image, writer._space, writer._changes
+    header, pages = image.header, image.pages
+    size = header.cluster_size
+    free = [
+        sector
+        for holes in (space.holes, space.clusters)
+        for start, length in holes.all()
+        for sector in range(start, start + length)
+    ]
+    assert len(free) == len(set(free)), f"free twice: sector {sorted(free)[[*map(sorted(free).count, free)].index(2)]}"
+    used = {sector: "what is not in the file" for sector in free if sector * SECTOR >= space.end}
+
+    def use(offset: int, length: int, what: str) -> None:
+        used.update(dict.fromkeys(range(offset // SECTOR, -(-(offset + length) // SECTOR)), what))
+
+    use(0, size, "the header")
+    use(image.log_range[0], image.log_range[1] - image.log_range[0], "the log")
+    use(header.refcount_offset, header.refcount_clusters * size, "the refcount table")
+    for index in range(header.refcount_clusters * size // 8):
+        use(changes.refcounts.block(index), size, f"refcount block {index}")
+    snapshots = read_snapshots(pages, header)
+    if snapshots:
+        use(header.snapshots_offset, sum(len(one.pack()) for one in snapshots), "the snapshot table")
+    maps = [image.tables] + [
+        Tables(pages, header, l1_offset=one.l1_offset, l1_entries=one.l1_entries) for one in snapshots
+    ]
+    for tables in maps:
+        use(tables.l1_offset, tables.l1_entries * 8, "an L1 table")
+        for index in range(tables.l1_entries):
+            if not tables.table(index):
+                continue
+            use(tables.table(index), size, f"L2 table {index}")
+            for cluster in range(index << tables.l2_bits, (index + 1) << tables.l2_bits):
+                entry = tables.entry(cluster)
+                if entry & COMPRESSED:
+                    use(*tables.place(entry), f"guest cluster {cluster}")
+                elif entry & OFFSET and not image.payload.external:
+                    use(tables.host(entry), size, f"guest cluster {cluster}")
+    for offset, length in changes.dropped:
+        use(offset, length or size, "what a record on its way still names")
+    for offset in changes.dropped_metadata:
+        use(offset, size, "metadata that the file still names")
+    taken = sorted(used.keys() & set(free))
+    assert not taken, f"sector {taken[0]} is free, and belongs to {used[taken[0]]}"
+
+
+class Audited(Qcow2Handler):
+    """Is audited when it is opened, and before and after each flush."""
+
+    async def open(self) -> None:
+        await super().open()
+        audit(self)
+
+    async def flush(self) -> None:
+        audit(self)
+        await super().flush()
+        audit(self)
+
+
 @contextmanager
-def on_medium(
-    medium: Medium, handler_class: type[Qcow2Handler] = Qcow2Handler, **options: Any
-) -> Iterator[BlockHandler]:
+def on_medium(medium: Medium, handler_class: type[Qcow2Handler] = Audited, **options: Any) -> Iterator[BlockHandler]:
     """A handler whose image is the medium; what is below it is in files."""
     with TemporaryDirectory() as directory:
         path = Path(options.pop("path", None) or Path(directory, "image"))

@@ -153,7 +153,7 @@ async def test_a_damaged_cluster_stays_where_it_is(tmp_path: Path) -> None:
                 assert found == model[number * CLUSTER : (number + 1) * CLUSTER]
 
 
-class Eager(Qcow2Handler):
+class Eager(qcow2.Audited):
     """Compacts at every flush, whoever is there."""
 
     moved = 0

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -56,6 +57,27 @@ async def test_power_cuts(kind: str, seed: int, tmp_path: Path) -> None:
         serve, image, seed=seed, lives=4, cuts=12, operations=80, garbage=garbage, spared={0}, judge=qcow2.judge
     )
     assert summary.recoveries_cut
+
+
+async def test_what_recovery_frees_is_free_once(tmp_path: Path) -> None:
+    # What was freed when the clusters in the log were written back was free, and was found to be free when the image
+    # was looked through after that. So two got the same place.
+    medium = Medium(qcow2.make(tmp_path / "image", SIZE, *IMAGES["compressed"][0]))
+    with qcow2.on_medium(medium, compress=True) as handler:
+        async with Lower(handler) as lower:
+            await lower.write(0, IoVec([Random(1).randbytes(SIZE)]))
+    with qcow2.on_medium(medium, compress=True) as handler:
+        async with Lower(handler) as lower:
+            for cluster in range(0, SIZE, 16384):
+                await lower.write(cluster, IoVec([bytes(512)]))
+            await lower.flush()
+            left = medium.image.copy()
+    with qcow2.on_medium(Medium(left), compress=True) as handler:
+        async with Lower(handler):
+            # This is audited.
+            assert isinstance(handler, Qcow2Handler)
+            assert handler.was_replayed
+            assert handler.statistics()["free_bytes"]
 
 
 @pytest.mark.parametrize("kind", ["plain", "compressed"])

@@ -30,7 +30,7 @@ from tcmu_rs.handlers.qcow2.storage import Storage
 from tcmu_rs.handlers.qcow2.tools import create
 from tcmu_rs.testing.model import BlockMachine
 
-from .qcow2 import check, run
+from .qcow2 import Audited, check, run
 
 EXAMPLES = int(os.environ.get("TCMU_EXAMPLES", "15"))
 SECTOR = 512
@@ -184,7 +184,7 @@ class Qcow2Machine(BlockMachine):
 
     def make_handler(self) -> BlockHandler:
         sizes: dict[str, Any] = {"cache_size": 128 << 10, "log_size": 1 << 20}
-        return Qcow2Handler(self.path, compress=self.kind.compress, idle=0.01, storage=Frozen, **sizes)
+        return Audited(self.path, compress=self.kind.compress, idle=0.01, storage=Frozen, **sizes)
 
     def teardown(self) -> None:
         try:

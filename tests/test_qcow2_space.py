@@ -42,6 +42,35 @@ def test_sectors_are_free_when_the_last_user_goes(
         assert sorted(found) == sorted(free)
 
 
+def test_nothing_is_known_of_a_region_that_had_something_in_it_before() -> None:
+    # Of large images only the first half of what can be remembered is looked through for sectors. When one grew in the
+    # middle of a region, that one was remembered from then on: what had been there before was nobody's.
+    end = 5 << 30 | 8192 * 3
+    space = Space(cast("Any", None), 13, end, packed=True)
+    space.begin_scan()
+    shared = end - 8192
+    # One table is counted, then the image grows, then another.
+    space.use(shared, 1000)
+    space.use(space.take_run(5000), 5000)
+    space.use(shared + 1000, 1000)
+    for cluster in range(end - 3 * 8192, end, 8192):
+        space.walk(cluster, used=True)
+    space.end_scan()
+    # A region that begins behind the end is new as a whole.
+    space.use(space.take_run(2 * MIB), 2 * MIB)
+    assert not [sector for sector in is_free(space) if sector * 512 < end]
+    assert not space.knows(end)
+    assert space.knows(end + MIB)
+    first = next(sector for sector in range(end // 512, (end + MIB) // 512) if space.knows(sector * 512))
+    assert first * 512 % MIB == 0
+    for start in range(end - 2 * 8192, end + MIB, 1024):
+        space.free(start, 512)
+    for units in space.sparse_units():
+        space.set_aside(units)
+        space.put_back()
+    assert not [sector for sector in is_free(space) if sector < first]
+
+
 UNIT = 128
 
 

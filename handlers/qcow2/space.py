@@ -248,7 +248,8 @@ class Space:
         at = self.end
         self.end += length
         if self.packed:
-            for region in range(at >> _REGION_BITS, ((self.end - 1) >> _REGION_BITS) + 1):
+            # In one that begins before there may be something that was never counted.
+            for region in range(-(-at >> _REGION_BITS), ((self.end - 1) >> _REGION_BITS) + 1):
                 if region not in self._users and len(self._users) < _MAX_REGIONS:
                     self._users[region] = bytearray(_REGION)
         return at
@@ -357,6 +358,8 @@ class Space:
     def begin_scan(self) -> None:
         """From now on what is below the end is looked through: first all maps, then all clusters in order."""
         self._unknown = self.end
+        # What was freed before is found again.
+        self.holes, self.clusters, self._users = Holes(), Holes(), {}
         if self.packed:
             for region in range(min(-(-self.end >> _REGION_BITS), _MAX_REGIONS // 2)):
                 self._users[region] = bytearray(_REGION)
