@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import threading
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,11 +154,17 @@ def audit(disk: Qcow2Handler) -> None:
     def use(offset: int, length: int, what: str) -> None:
         used.update(dict.fromkeys(range(offset // SECTOR, -(-(offset + length) // SECTOR)), what))
 
+    def words(offset: int, length: int) -> list[tuple[int, int]]:
+        """Those that are not 0, and their numbers."""
+        found = array("Q", pages.read(offset, length))
+        found.byteswap()
+        return [(number, word) for number, word in enumerate(found) if word]
+
     use(0, size, "the header")
     use(image.log_range[0], image.log_range[1] - image.log_range[0], "the log")
     use(header.refcount_offset, header.refcount_clusters * size, "the refcount table")
-    for index in range(header.refcount_clusters * size // 8):
-        use(changes.refcounts.block(index), size, f"refcount block {index}")
+    for index, offset in words(header.refcount_offset, header.refcount_clusters * size):
+        use(offset, size, f"refcount block {index}")
     snapshots = read_snapshots(pages, header)
     if snapshots:
         use(header.snapshots_offset, sum(len(one.pack()) for one in snapshots), "the snapshot table")
@@ -166,16 +173,16 @@ def audit(disk: Qcow2Handler) -> None:
     ]
     for tables in maps:
         use(tables.l1_offset, tables.l1_entries * 8, "an L1 table")
-        for index in range(tables.l1_entries):
-            if not tables.table(index):
-                continue
+        for index, _ in words(tables.l1_offset, tables.l1_entries * 8):
             use(tables.table(index), size, f"L2 table {index}")
-            for cluster in range(index << tables.l2_bits, (index + 1) << tables.l2_bits):
-                entry = tables.entry(cluster)
+            for number, entry in words(tables.table(index), size):
+                what = f"entry {number} of L2 table {index}"
+                if tables.extended and number % 2:
+                    continue
                 if entry & COMPRESSED:
-                    use(*tables.place(entry), f"guest cluster {cluster}")
+                    use(*tables.place(entry), what)
                 elif entry & OFFSET and not image.payload.external:
-                    use(tables.host(entry), size, f"guest cluster {cluster}")
+                    use(tables.host(entry), size, what)
     for offset, length in changes.dropped:
         use(offset, length or size, "what a record on its way still names")
     for offset in changes.dropped_metadata:

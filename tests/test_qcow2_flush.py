@@ -181,6 +181,23 @@ async def test_an_error_that_is_over_is_not_told(tmp_path: Path, log: Log, monke
     check(path)
 
 
+async def test_an_idle_disk_tries_again_to_write_back(
+    tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was left as it was until somebody wrote again."""
+    path = tmp_path / "image"
+    create(path, MIB, cluster_size=8192)
+    async with Qcow2Handler(path, compress=True, idle=0.01) as disk:
+        with monkeypatch.context() as patch:
+            patch.setattr(Packer, "write_out", no_space)
+            await disk.write(0, IoVec([b"a" * BLOCK]))
+            await until(lambda: bool(log.records))
+        await until(lambda: not disk.statistics()["dirty_bytes"])
+        log.expect("what is dirty cannot be written back: [Errno 28] No space left on device")
+        log.records.clear()
+    check(path)
+
+
 async def test_a_checkpoint_that_fails_is_no_success(tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last part goes on behind, and a snapshot was said to be there when that had failed."""
     path = tmp_path / "image"

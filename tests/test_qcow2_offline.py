@@ -23,6 +23,7 @@ from tcmu_rs.handlers.qcow2.encryption import make_encryption
 from tcmu_rs.handlers.ram import RamHandler
 from tcmu_rs.testing import simulated
 
+from . import qcow2
 from .luks import CHEAP, PASSPHRASE, key
 from .test_qcow2 import check, contents, qemu, random_image, random_writes, raw, work
 
@@ -71,7 +72,12 @@ class Story:
 
     async def resize(self) -> None:
         size = self.rng.choice([self.rng.randrange(MIB, 6 * MIB, 512), len(self.model) + 65536])
-        await Qcow2Handler.resize(str(self.path), NOTHING, size=size, shrink=True)
+        try:
+            await Qcow2Handler.resize(str(self.path), NOTHING, size=size, shrink=True)
+        except Qcow2Error as error:
+            assert "version 2" in str(error)
+            assert self.snapshots
+            return
         self.model = self.model[:size] + bytes(max(0, size - len(self.model)))
 
     async def compact(self) -> None:
@@ -107,6 +113,23 @@ async def test_snapshots_and_sizes(tmp_path: Path, seed: int) -> None:
     for _ in range(10):
         await rng.choice(steps)()
         await story.judge()
+
+
+async def test_what_qemu_could_not_apply_any_more_is_not_resized(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qcow2.make(path, MIB, "-o", "compat=0.10")
+    async with Qcow2Handler(path) as disk:
+        await disk.write(0, IoVec([b"x" * MIB]))
+    await Qcow2Handler.snapshot(str(path), NOTHING, action="create", name="s")
+    for size in (MIB // 2, 2 * MIB):
+        with pytest.raises(Qcow2Error, match=r"qemu-img amend -f qcow2 -o compat=1\.1"):
+            await Qcow2Handler.resize(str(path), NOTHING, size=size, shrink=True)
+    check(path)
+    assert raw(path) == b"x" * MIB
+    qcow2.run("qemu-img", "amend", "-f", "qcow2", "-o", "compat=1.1", path)
+    await Qcow2Handler.resize(str(path), NOTHING, size=MIB // 2, shrink=True)
+    qcow2.run("qemu-img", "snapshot", "-a", "s", path)
+    assert raw(path) == b"x" * MIB
 
 
 async def test_a_flipped_bit_is_found_and_never_read(tmp_path: Path) -> None:

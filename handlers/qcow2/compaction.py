@@ -91,9 +91,9 @@ class Compactor:
                 self._tried |= units
             await self._flush()
         except OSError as error:
+            self._done_at = self._seen
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            self._done_at = self._seen
         finally:
             self._space.put_back()
         return self.moved > moved

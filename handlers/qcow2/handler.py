@@ -458,7 +458,8 @@ class Qcow2Handler(BlockHandler):
         if self._image is None:
             return {}
         written = {} if self._writer is None else self._writer.statistics()
-        return {"file_bytes": self._image.storage.allocated, **written}
+        taken = self._image.storage.allocated - written.get("reserved_bytes", 0)
+        return {"file_bytes": taken, **written}
 
     def _writing_to(self) -> Writer:
         if self._writer is None:

@@ -259,7 +259,7 @@ async def resize(path: str | os.PathLike[str], size: int, *, shrink: bool = Fals
         **where: As for `open_image`.
 
     Raises:
-        Qcow2Error: It would be smaller, or it cannot be so large.
+        Qcow2Error: It would be smaller, or it cannot be so large, or snapshots could not be applied any more.
     """
     if size <= 0 or size % 512:
         raise Qcow2Error(f"a disk of {size} bytes cannot be: it has whole blocks of 512 bytes")
@@ -268,6 +268,12 @@ async def resize(path: str | os.PathLike[str], size: int, *, shrink: bool = Fals
     try:
         if size < old and not shrink:
             raise Qcow2Error(f"{path} has {old} bytes: to make it smaller, and lose what is behind, say so (--shrink)")
+        if image.header.version < 3 and image.header.snapshots:
+            # QEMU refuses this, too, because it does not apply those of another size then.
+            raise Qcow2Error(
+                f"{path} is of version 2 and has snapshots, so its size cannot change: delete them, or make it version "
+                f"3 with `qemu-img amend -f qcow2 -o compat=1.1 {path}`"
+            )
         if isinstance(image.payload.cipher, Locked) and (size | old) % image.header.cluster_size:
             # A part of a cluster is zeroed.
             raise image.payload.cipher.error()

@@ -209,9 +209,7 @@ class Recorder:
 
         What no record has is not in this one either: it is no flush.
         """
-        while self._checkpointing is not None:
-            await self._checkpointing.wait()
-            self._failure.check()
+        await self.wait_for_checkpoint()
         if not (self._pages.dirty or self._cache.logged):
             return
         await self.sync_fresh()
@@ -241,9 +239,10 @@ class Recorder:
             self.log.write_state(seq)
 
         try:
-            await trio.to_thread.run_sync(write)
-        except Exception as error:
-            self._failure.fail(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
+            await self._failure.in_thread(write)
+        except Exception:
+            # Whoever waits is told.
+            pass
         else:
             self._pages.land(flying)
             for offset in metadata:
@@ -254,6 +253,11 @@ class Recorder:
             done.set()
 
     async def wait_for_checkpoint(self) -> None:
-        """Waits until none is under way; this needs no turn."""
+        """Waits until none is under way; this needs no turn.
+
+        Raises:
+            OSError: It failed, or something before it.
+        """
         while self._checkpointing is not None:
             await self._checkpointing.wait()
+        self._failure.check()

@@ -23,6 +23,8 @@ from .space import Space
 
 logger = logging.getLogger(__name__)
 
+_NOT_WRITTEN = "what is dirty cannot be written back"
+_NOT_GIVEN_BACK = "what is free cannot be given back"
 _DESTAGERS = 2
 _MANY_DROPPED = 4096
 """Places that wait for a record, to be used again, before one is made for them; fewer in small images."""
@@ -126,22 +128,25 @@ class Upkeep:
             self._destaging.leave_alone()
             self._ended.set()
 
-    async def _try(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Runs what nobody waits for: whoever needs it to succeed finds out."""
+    async def _try(self, what: str, function: Callable[..., Any], *arguments: Any) -> bool:
+        """Runs what nobody waits for, and returns whether it succeeded: whoever needs it to finds out."""
         try:
             await function(*arguments)
+            return True
         except OSError as error:
-            logger.warning("%s: what is dirty cannot be written back: %s", self._storage.path, error)
-            self._destaging.report(error)
+            logger.warning("%s: %s: %s", self._storage.path, what, error)
+            if what == _NOT_WRITTEN:
+                self._destaging.report(error)
             with trio.move_on_after(1):
                 await self._closing.wait()
         except Exception as error:
-            logger.exception("%s: writing back failed", self._storage.path)
+            logger.exception("%s: %s", self._storage.path, what)
             self._failure.fail(OSError(errno.EIO, text_of(error)))
+        return False
 
     async def _scan(self, scanner: Scanner) -> None:
         try:
-            await self._try(scanner.scan, self._closing)
+            await self._try("what is free in it is not known", scanner.scan, self._closing)
         finally:
             self._leave()
 
@@ -157,12 +162,12 @@ class Upkeep:
                     await destaging.work.park()
                     continue
                 self._relieving |= many_logged
-                await self._try(destaging.write_back, batch)
+                await self._try(_NOT_WRITTEN, destaging.write_back, batch)
                 if many_logged:
                     self._relieving = False
                 # What was freed is used again only after a record, and one must not become too large.
                 if len(self._changes.dropped) > self._many or recorder.changed > self._heavy:
-                    await self._try(self._commits.settle_map)
+                    await self._try(_NOT_WRITTEN, self._commits.settle_map)
         finally:
             self._leave()
 
@@ -177,12 +182,12 @@ class Upkeep:
                     break
                 now = self._writes()
                 if now == last and now != clean and not self._failure.error:
-                    await self._try(self._destaging.destage)
-                    await self._try(self._commits.checkpoint)
-                    await self._try(self.punch)
-                    clean = now
+                    written = await self._try(_NOT_WRITTEN, self._destaging.destage)
+                    if await self._try(_NOT_WRITTEN, self._commits.checkpoint) and written:
+                        clean = now
+                    await self._try(_NOT_GIVEN_BACK, self.punch)
                 elif now == clean and not self._failure.error:
-                    await self._try(self.compact)
+                    await self._try(_NOT_GIVEN_BACK, self.compact)
                 last = now
         finally:
             self._leave()

@@ -142,7 +142,6 @@ class Writer:
             return {}
         log, destaging, compactor = self._session.log, self._destaging, self._upkeep.compactor
         found: dict[str, float] = {
-            "file_bytes": self._storage.allocated - self._space.ahead,
             "reserved_bytes": self._space.ahead,
             "free_bytes": (self._space.holes.sectors + self._space.clusters.sectors) * SECTOR,
             "dirty_bytes": len(self._cache) << self._bits,
