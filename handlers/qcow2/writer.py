@@ -420,8 +420,13 @@ class Writer:
             entry.cost = 3 * self._cluster_size + 2 * SECTOR
             self._space.reserve(entry.cost)
         self._open(session)
-        await self._drain()
-        await self._upkeep.begin()
+        try:
+            await self._drain()
+            await self._upkeep.begin()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._recorder.rest()
+            raise
 
     async def close(self) -> None:
         """Writes everything back, and takes the log out of the file.
@@ -434,10 +439,13 @@ class Writer:
             return
         with trio.CancelScope(shield=True):
             await self._upkeep.end()
-            self._failure.check()
-            while self._cache or self._image.pages.dirty or self._recorder.pending():
-                await self._drain()
-            self._failure.check()
+            try:
+                self._failure.check()
+                while self._cache or self._image.pages.dirty or self._recorder.pending():
+                    await self._drain()
+                self._failure.check()
+            finally:
+                await self._recorder.rest()
             await self._upkeep.punch()
             await self._failure.in_thread(self._payload.finish, self._image.size)
             end = self._space.trim(*self._image.log_range)
