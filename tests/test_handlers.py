@@ -213,9 +213,7 @@ async def test_create_makes_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["fails", "is cancelled"])
-async def test_create_that_ends_early_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+async def test_create_that_ends_early_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """The file stayed when the last step, making it durable, was the one that did not work."""
     path = tmp_path / "disk.img"
     scope = trio.CancelScope()
