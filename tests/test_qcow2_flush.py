@@ -221,7 +221,67 @@ async def test_a_checkpoint_that_fails_is_no_success(tmp_path: Path, log: Log, m
     log.expect("nothing is written any more")
 
 
-def no_space(*_: object, **__: object) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_checkpoint_under_way_keeps_the_file_open(
+    tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Nothing was dirty any more, so nobody waited for it: it wrote to a descriptor that was closed, or another's."""
+    path = tmp_path / "image"
+    create(path, MIB, cluster_size=8192)
+    go_on = threading.Event()
+    write_state = Records.write_state
+
+    def slow(records: Records, seq: int) -> None:
+        assert go_on.wait(60)
+        if fails:
+            no_space()
+        write_state(records, seq)
+
+    monkeypatch.setattr(Records, "write_state", slow)
+    disk = Qcow2Handler(path, compress=True, idle=None)
+    await disk.open()
+    await disk.write(0, IoVec([b"a" * BLOCK]))
+    writer = disk._writer
+    assert writer is not None
+    storage = writer._storage
+    await writer._destaging.destage()
+    await disk.flush()
+    async with writer._recorder.turn:
+        await writer._recorder.checkpoint()
+    assert not (writer._cache or writer._image.pages.dirty or writer._recorder.pending())
+    closed: list[Exception | None] = []
+
+    async def close() -> None:
+        try:
+            await disk.aclose()
+        except OSError as error:
+            closed.append(error)
+        else:
+            closed.append(None)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(close)
+        for _ in range(10):
+            await trio.sleep(0.01)
+        assert not closed
+        assert os.fstat(storage.fileno()).st_size
+        go_on.set()
+    if fails:
+        assert isinstance(closed[0], OSError)
+        log.expect("nothing is written any more")
+        log.records.clear()
+    else:
+        assert closed == [None]
+        check(path)
+    monkeypatch.undo()
+    async with Qcow2Handler(path) as disk:
+        found = bytearray(BLOCK)
+        await disk.read(0, IoVec([found]))
+        assert found == b"a" * BLOCK
+    check(path)
+
+
+def no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -229,64 +289,3 @@ async def until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(20):
         while not condition():  # noqa: ASYNC110 - what it waits for tells nobody
             await trio.sleep(0.01)
-
-
-@pytest.mark.parametrize("recovers", [False, True], ids=["a flush failed", "recovery is given up"])
-async def test_the_file_is_not_closed_under_a_checkpoint(
-    tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, recovers: bool
-) -> None:
-    """It was closed, and a thread went on to write tables to the number of its descriptor: to what had been opened
-    since, such as the same image once more.
-    """
-    path, left = tmp_path / "image", tmp_path / "left"
-    create(path, MIB, cluster_size=8192)
-    waits, go_on, closed = threading.Event(), threading.Event(), list[bool]()
-    write_state, close = Records.write_state, Storage.close
-
-    def hold(records: Records, seq: int) -> None:
-        waits.set()
-        assert go_on.wait(20)
-        write_state(records, seq)
-
-    def note(storage: Storage) -> None:
-        closed.append(go_on.is_set())
-        close(storage)
-
-    async def end(disk: Qcow2Handler) -> None:
-        with pytest.raises(OSError, match="an earlier flush failed"):
-            await disk.aclose()
-
-    disk = Qcow2Handler(path, compress=True, idle=None)
-    await disk.open()
-    await disk.write(0, IoVec([b"a" * 8192]))
-    await disk.flush()
-    if recovers:
-        shutil.copy(path, left)
-        await disk.aclose()
-        disk = Qcow2Handler(left, idle=None)
-    monkeypatch.setattr(Records, "write_state", hold)
-    monkeypatch.setattr(Storage, "close", note)
-    async with trio.open_nursery() as nursery:
-        if recovers:
-            nursery.start_soon(disk.open)
-        else:
-            assert disk._writer is not None
-            nursery.start_soon(disk._writer._drain)
-        assert await trio.to_thread.run_sync(waits.wait, 20)
-        if recovers:
-            nursery.cancel_scope.cancel()
-        else:
-            with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-                patch.setattr(Storage, "commit", no_space)
-                await disk.write(0, IoVec([b"b" * 512]))
-                await disk.flush()
-            nursery.cancel_scope.cancel()
-            nursery.start_soon(end, disk)
-        threading.Timer(0.05, go_on.set).start()
-    assert closed == [True]
-    log.records.clear()
-    async with Qcow2Handler(left if recovers else path, idle=None) as disk:
-        found = bytearray(8192)
-        await disk.read(0, IoVec([found]))
-        assert found == b"a" * 8192
-    check(left if recovers else path)

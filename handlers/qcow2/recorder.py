@@ -258,10 +258,6 @@ class Recorder:
         Raises:
             OSError: It failed, or something before it.
         """
-        await self.rest()
-        self._failure.check()
-
-    async def rest(self) -> None:
-        """Waits until nobody writes in place any more, well or not: before that the file must not be closed."""
         while self._checkpointing is not None:
             await self._checkpointing.wait()
+        self._failure.check()
