@@ -107,6 +107,8 @@ class Engine:
                     self._workers.nursery = self._nursery
                     self._workers.hire()
         finally:
+            # It takes no more tasks.
+            self._nursery = self._workers.nursery = None
             try:
                 await self._end_waiting()
             finally:
