@@ -637,6 +637,8 @@ class Engine:
         with self._first_device_error():
             while not self._stopping:
                 self._kept.free()
+                # Answers may have waited for the views, and somebody for the answers.
+                self._is_idle()
                 await self._kept.wait()
 
 
