@@ -15,6 +15,7 @@ import trio
 
 from tcmu_rs import IoVec, Options
 from tcmu_rs.handlers.qcow2 import Qcow2Error, Qcow2Handler, Storage, ZstdHandler, create
+from tcmu_rs.handlers.qcow2.codecs import Codec
 from tcmu_rs.testing import check_block_handler
 
 from .conftest import Log
@@ -478,3 +479,39 @@ async def test_clones_share_a_base_that_stays_as_it_is(tmp_path: Path) -> None:
         assert raw(path) == model
         assert path.stat().st_blocks * 512 < MIB
     assert base.read_bytes() == before
+
+
+async def test_what_is_below_is_read_as_what_is_above(tmp_path: Path) -> None:
+    """Compressed clusters of a base are no work for the event loop either."""
+    rng = random.Random(1)
+    model = bytearray(2 * MIB)
+    paths = [tmp_path / f"{number}.qcow2" for number in range(3)]
+    # The one in the middle is smaller than both others.
+    for number, (size, cluster_size) in enumerate([(2 * MIB, 8192), (MIB + 512, 65536), (2 * MIB, 4096)]):
+        create(paths[number], size, cluster_size=cluster_size, backing=paths[number - 1].name if number else None)
+        model[size:] = bytes(len(model) - size)
+        async with Qcow2Handler(paths[number], compress=True) as disk:
+            for _ in range(8 if number else 40):
+                length = min(rng.randrange(512, 65536, 512), size)
+                at = rng.randrange(0, size - length + 1, 512)
+                data = rng.randbytes(length // 2).ljust(length, b"x")
+                await disk.write(at, IoVec([data]))
+                model[at : at + length] = data
+    async with Qcow2Handler(paths[2]) as disk:
+        image = disk._image
+        assert image is not None
+        found = bytearray(2 * MIB)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Codec, "whole", None)
+            readings = image.begin(0, IoVec([found]))
+            assert {reading.image.storage.path for reading in readings} == {*paths}
+            assert await image.finish(readings)
+        assert found == model
+        for _ in range(300):
+            length = rng.randrange(512, 40000, 512)
+            at = rng.randrange(0, len(model) - length, 512)
+            found = bytearray(length)
+            await disk.read(at, IoVec([found]))
+            assert found == model[at : at + length]
+    for path in paths:
+        check(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -218,6 +219,66 @@ async def test_a_checkpoint_that_fails_is_no_success(tmp_path: Path, log: Log, m
     with pytest.raises(OSError, match="an earlier flush failed"):
         await disk.aclose()
     log.expect("nothing is written any more")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_checkpoint_under_way_keeps_the_file_open(
+    tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Nothing was dirty any more, so nobody waited for it: it wrote to a descriptor that was closed, or another's."""
+    path = tmp_path / "image"
+    create(path, MIB, cluster_size=8192)
+    go_on = threading.Event()
+    write_state = Records.write_state
+
+    def slow(records: Records, seq: int) -> None:
+        assert go_on.wait(60)
+        if fails:
+            no_space()
+        write_state(records, seq)
+
+    monkeypatch.setattr(Records, "write_state", slow)
+    disk = Qcow2Handler(path, compress=True, idle=None)
+    await disk.open()
+    await disk.write(0, IoVec([b"a" * BLOCK]))
+    writer = disk._writer
+    assert writer is not None
+    storage = writer._storage
+    await writer._destaging.destage()
+    await disk.flush()
+    async with writer._recorder.turn:
+        await writer._recorder.checkpoint()
+    assert not (writer._cache or writer._image.pages.dirty or writer._recorder.pending())
+    closed: list[Exception | None] = []
+
+    async def close() -> None:
+        try:
+            await disk.aclose()
+        except OSError as error:
+            closed.append(error)
+        else:
+            closed.append(None)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(close)
+        for _ in range(10):
+            await trio.sleep(0.01)
+        assert not closed
+        assert os.fstat(storage.fileno()).st_size
+        go_on.set()
+    if fails:
+        assert isinstance(closed[0], OSError)
+        log.expect("nothing is written any more")
+        log.records.clear()
+    else:
+        assert closed == [None]
+        check(path)
+    monkeypatch.undo()
+    async with Qcow2Handler(path) as disk:
+        found = bytearray(BLOCK)
+        await disk.read(0, IoVec([found]))
+        assert found == b"a" * BLOCK
+    check(path)
 
 
 def no_space(*_: object) -> None:

@@ -348,9 +348,13 @@ class Image:
         """
         total = iov.nbytes
         first, within = offset >> self._bits, offset & self._in_cluster
-        if self._extended or offset + total > self.size:
+        if self._extended or offset >= self.size:
             self.read(offset, iov, wait=False)
             return ()
+        if offset + total > self.size:
+            iov.slice(self.size - offset, total).zero()
+            total = self.size - offset
+            iov = iov.slice(0, total)
         if within + total <= self._cluster_size:
             if first not in self.cache:
                 entry = self._entry(first, False)
@@ -369,30 +373,38 @@ class Image:
                 raise
             raise self._medium_error(first, error) from None
         found: list[Reading] = []
-        cache = self.cache
+        cache, shines = self.cache, isinstance(self.backing, Image)
+        ours, below, others = Kind.COMPRESSED, Kind.UNALLOCATED, Kind.PLAIN
         compressed: list[int] = []
-        # Begins what has not been seen to: compressed clusters if there are some, else others.
+        last = others
         start = 0
         at = -within
         for cluster, entry in enumerate(entries, first):
-            here = max(at, 0)
             if entry & COMPRESSED and cluster not in cache:
-                if not compressed and here > start:
-                    self.read(offset + start, iov.slice(start, here), wait=False)
-                    start = here
+                kind = ours
+            else:
+                kind = below if shines and not entry and cluster not in cache else others
+            here = max(at, 0)
+            if kind is not last:
+                if here > start:
+                    found += self._begin_run(last, offset + start, iov.slice(start, here), compressed)
+                    start, compressed = here, []
+                last = kind
+            if kind is ours:
                 compressed.append(entry)
-            elif compressed:
-                found.append(self._reading(offset + start, iov.slice(start, here), compressed))
-                start, compressed = here, []
             at += self._cluster_size
-        if compressed:
-            found.append(self._reading(offset + start, iov.slice(start, total) if start else iov, compressed))
-        else:
-            self.read(offset + start, iov.slice(start, total), wait=False)
+        found += self._begin_run(last, offset + start, iov.slice(start, total) if start else iov, compressed)
         return found
 
-    def _reading(self, offset: int, iov: IoVec, entries: Sequence[int]) -> Reading:
-        return Reading(self, offset >> self._bits, offset & self._in_cluster, iov, entries)
+    def _begin_run(self, kind: Kind, offset: int, iov: IoVec, entries: Sequence[int]) -> Sequence[Reading]:
+        """The same for clusters of one kind."""
+        if kind == Kind.COMPRESSED:
+            return (Reading(self, offset >> self._bits, offset & self._in_cluster, iov, entries),)
+        if kind == Kind.UNALLOCATED:
+            assert isinstance(self.backing, Image)
+            return self.backing.begin(offset, iov)
+        self.read(offset, iov, wait=False)
+        return ()
 
     async def finish(self, readings: Sequence[Reading]) -> bool:
         """Reads and decompresses clusters; waits, if it has to, and others run meanwhile.

@@ -144,7 +144,8 @@ class Space:
         self.clusters = Holes()
         self.end = end
         self.packed = packed
-        self.punched = False
+        # Free space has to be reserved before it is used again: some of it has no blocks behind it.
+        self.punched = storage.allocated < storage.size
         self.freed = False
         self._storage = storage
         self._cluster_size = 1 << cluster_bits

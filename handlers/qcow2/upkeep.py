@@ -47,7 +47,6 @@ class Upkeep:
         writes: Counts commands that write.
         idle: Seconds without one after which everything is written back; None for never.
         compaction: Bytes of clusters that are moved in a second while the disk is idle; None if none can be.
-        heavy: Bytes of changes of the map that are enough for a record of their own.
 
     Attributes:
         compactor: If there is one.
@@ -67,7 +66,6 @@ class Upkeep:
         writes: Callable[[], int],
         idle: float | None,
         compaction: int | None,
-        heavy: int,
     ) -> None:
         self._image = image
         self._storage = image.storage
@@ -81,7 +79,8 @@ class Upkeep:
         self._writes = writes
         self._idle = idle
         self._compaction = compaction
-        self._heavy = heavy
+        # Bytes of changes of the map that are enough for a record of their own.
+        self._heavy = recorder.log.half_size // 16
         self._many = min(_MANY_DROPPED, max(256, image.size >> image.header.cluster_bits >> 5))
         # Somebody destages for the log to have room.
         self._relieving = False

@@ -405,7 +405,6 @@ class Writer:
             writes=lambda: self._writes,
             idle=self._idle,
             compaction=self._compaction if packer.can_compact else None,
-            heavy=self._log_size // 32,
         )
         self._session = session
 
@@ -420,7 +419,10 @@ class Writer:
             entry.cost = 3 * self._cluster_size + 2 * SECTOR
             self._space.reserve(entry.cost)
         self._open(session)
-        await self._drain()
+        try:
+            await self._drain()
+        finally:
+            await self._leave_the_file()
         await self._upkeep.begin()
 
     async def close(self) -> None:
@@ -434,15 +436,26 @@ class Writer:
             return
         with trio.CancelScope(shield=True):
             await self._upkeep.end()
-            self._failure.check()
-            while self._cache or self._image.pages.dirty or self._recorder.pending():
-                await self._drain()
-            self._failure.check()
+            try:
+                self._failure.check()
+                while self._cache or self._image.pages.dirty or self._recorder.pending():
+                    await self._drain()
+            finally:
+                await self._leave_the_file()
             await self._upkeep.punch()
             await self._failure.in_thread(self._payload.finish, self._image.size)
             end = self._space.trim(*self._image.log_range)
             await self._failure.in_thread(renounce, self._image, session, end)
             self._session = None
+
+    async def _leave_the_file(self) -> None:
+        """Waits for what goes on behind a checkpoint: it would write to whatever gets the descriptor next.
+
+        Raises:
+            OSError: It failed, or something before it.
+        """
+        with trio.CancelScope(shield=True):
+            await self._recorder.wait_for_checkpoint()
 
 
 async def _nothing() -> None:
