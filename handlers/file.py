@@ -72,6 +72,7 @@ class FileHandler(BlockHandler):
         self._create = create
         self._direct = direct
         self._fd = -1
+        self._made = False
         self._sync_failed: OSError | None = None
 
     @classmethod
@@ -101,8 +102,17 @@ class FileHandler(BlockHandler):
         if handler.path.exists():
             raise FileExistsError(errno.EEXIST, "there is such a file already", str(handler.path))
         handler._create = True
-        async with handler:
-            pass
+        await handler.open()
+        made = handler._made
+        try:
+            await handler.aclose()
+        except BaseException:
+            if made:
+                handler.path.unlink()
+            raise
+        if not made:
+            # Somebody else was faster.
+            raise FileExistsError(errno.EEXIST, "there is such a file already", str(handler.path))
 
     @classmethod
     async def remove(cls, config: str, options: Options) -> bool:
@@ -119,7 +129,7 @@ class FileHandler(BlockHandler):
         except BaseException:
             self._undo(fd, made)
             raise
-        self._fd = fd
+        self._fd, self._made = fd, made
 
     def _undo(self, fd: int, made: bool) -> None:
         os.close(fd)

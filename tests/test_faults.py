@@ -133,6 +133,35 @@ async def test_after_a_crash_nothing_is_stored_or_answered(autojump_clock: trio.
     assert crashes == [1]
 
 
+async def test_a_crash_is_one_of_what_is_under_way_too(autojump_clock: trio.testing.MockClock) -> None:
+    """A write that waited out its delay during the crash was stored after it, and answered."""
+
+    class Slow(RamHandler):
+        async def read(self, offset: int, iov: IoVec) -> None:  # type: ignore[override]
+            await trio.sleep(10)
+            super().read(offset, iov)
+
+    ram, answered = Slow(SIZE), []
+    torn = Rule(on="write", start=4096, store=Store.TORN, delay=3)
+    disk = Faulty(ram, [torn, Rule(on="write", delay=5), Rule(on="flush", crash=True)], on_crash=lambda: None)
+
+    async def send(verb: str, *arguments: object) -> None:
+        await getattr(disk, verb)(*arguments)
+        answered.append(verb)
+
+    async with disk:
+        with trio.move_on_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send, "read", 0, IoVec([bytearray(512)]))
+                nursery.start_soon(send, "write", 0, IoVec([b"x" * 512]))
+                nursery.start_soon(send, "write", 4096, IoVec([b"x" * 65536]))
+                await trio.sleep(1)
+                nursery.start_soon(send, "flush")
+                nursery.start_soon(send, "extents", 0, 4096)
+        assert answered == []
+        assert bytes(ram._data) == bytes(SIZE)
+
+
 def test_a_crash_is_one_of_the_process(tmp_path: Path) -> None:
     program = f"""
 import trio, tcmu_rs

@@ -9,7 +9,7 @@ import resource
 import struct
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,37 @@ async def test_create_makes_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="there is such a file already"):
         await FileHandler.create(str(path), Options(size=MIB))
     assert path.read_bytes() == b"x" * 512
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_create_that_ends_early_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The file stayed when the last step, making it durable, was the one that did not work."""
+    path = tmp_path / "disk.img"
+    scope = trio.CancelScope()
+
+    async def sync(fd: int) -> None:
+        if how == "fails":
+            raise OSError(errno.EIO, "Input/output error")
+        scope.cancel()
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr("tcmu_rs.handlers.file.fdatasync", sync)
+    with scope, suppress(OSError):
+        await FileHandler.create(str(path), Options(size=MIB))
+        pytest.fail("it was made")
+    assert not path.exists()
+
+
+async def test_create_does_not_take_what_another_has_made_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that had both looked and found nothing each took the file for its own, to overwrite and to remove."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"x" * MIB)
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    with pytest.raises(FileExistsError, match="there is such a file already"):
+        await FileHandler.create(str(path), Options(size=MIB))
+    assert path.read_bytes() == b"x" * MIB
 
 
 async def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

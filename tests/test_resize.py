@@ -280,6 +280,30 @@ async def test_memory_that_was_given_back_is_zero_when_it_comes_again() -> None:
         assert await disk.read(0, 4 * MIB) == b"s" * (MIB // 2 + BLOCK) + bytes(4 * MIB - MIB // 2 - BLOCK)
 
 
+@pytest.mark.parametrize("size", [6 * MIB, 2 * MIB])
+async def test_a_layer_above_storage_that_stops_on_the_way_is_as_large_as_that(size: int) -> None:
+    """An encrypted disk said that it had its old size, when what it is stored in had become smaller and then failed."""
+    data = container(4 * MIB)
+
+    class Below(RamHandler):
+        async def open(self) -> None:
+            await super().open()
+            self._data[: len(data)] = data
+
+        def set_size(self, size: int) -> None:
+            super().set_size((size + self.size) // 2)
+            raise OSError(5, "Input/output error")
+
+    below = Below(len(data))
+    async with simulated(LuksHandler(Faulty(below, []), key)) as disk:
+        with pytest.raises(OSError, match="Input/output"):
+            await disk.device.resize(size, shrink=True)
+        assert disk.size == (size + 4 * MIB) // 2
+        await disk.scsi(TEST_UNIT_READY)
+        await disk.write(disk.size - 4096, b"e" * 4096)
+        assert await disk.read(disk.size - 4096, 4096) == b"e" * 4096
+
+
 async def test_layers_pass_it_down_less_what_is_theirs() -> None:
     data = container(4 * MIB)
     size = len(data)

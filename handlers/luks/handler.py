@@ -423,8 +423,11 @@ class LuksHandler(BlockHandler):
             raise ValueError(f"{size} bytes are not whole blocks of {self._unit} bytes")
         if self._first + size // UNIT >> 64:
             raise ValueError(f"{size} bytes are too many for the iv_tweak of this container")
-        await self._lower.set_size(self._offset + size)
-        self.size = size
+        try:
+            await self._lower.set_size(self._offset + size)
+        finally:
+            # What is below may have gone a part of the way.
+            self.size = max(self._lower.size - self._offset, 0) // self._unit * self._unit
         if self._wanted_size is not None:
             self._wanted_size = size
 

@@ -5,13 +5,15 @@ What the source knows to be empty, and what is found to be zero, is not written 
 
 **The beginning is written last.** A target that held something gets zeroes there first. So a copy that was killed, or
 whose machine lost power, has neither partition table nor file system that anybody would take for the whole: the first
-`HEAD` bytes come when all others are durable, and, if asked for, verified.
+`HEAD` bytes come when all others are durable, and, if asked for, verified; and the first `SIGN` bytes of them, by which
+those are found, when the others of them are. A copy that fails while it writes them zeroes them again.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -26,6 +28,8 @@ CHUNK = 1 << 20
 """Bytes that are read and written at once."""
 HEAD = 4 << 20
 """Bytes of the beginning. LVM, file systems and both headers of LUKS2 are known by what they have there."""
+SIGN = 4096
+"""Bytes that come last of all, at once. Partition tables and most file systems are looked for here."""
 TASKS = 8
 """Chunks on their way at once, if the handlers take so many calls."""
 _EMPTY_AT_ONCE = 64 * CHUNK
@@ -153,12 +157,27 @@ class _Copy:
         await self._flush()
         # Behind the last block that the source has a part of.
         await self._zero(self._whole(size), self._target.size)
-        for start, stop in ((head, size), (0, head)):
-            await self._each(start, stop, self._copy_part)
-            await self._flush()
-            if self._verify:
-                await self._each(start, stop, self._verify_part)
+        await self._copy_range(head, size)
+        try:
+            sign = min(SIGN, head)
+            await self._copy_range(sign, head)
+            # With one write, whatever of it is empty.
+            self._finds_extents = False
+            await self._copy_range(0, sign)
+        except BaseException:
+            # What is there of it could be taken for the whole.
+            self._is_empty = False
+            with trio.CancelScope(shield=True), suppress(CopyError):
+                await self._zero(0, self._whole(head))
+                await self._flush()
+            raise
         return self._state
+
+    async def _copy_range(self, start: int, stop: int) -> None:
+        await self._each(start, stop, self._copy_part)
+        await self._flush()
+        if self._verify:
+            await self._each(start, stop, self._verify_part)
 
     def _whole(self, offset: int) -> int:
         block = self._target.lower.block_size

@@ -232,6 +232,7 @@ class Faulty(BlockHandler):
         fault, random = await self._begin("read", offset, iov.nbytes)
         if fault is None:
             await self._lower.read(offset, iov)
+            await self._outlive()
             return
         if fault.rule.store is Store.ALL:
             await self._lower.read(offset, iov)
@@ -248,6 +249,7 @@ class Faulty(BlockHandler):
         fault, random = await self._begin("write", offset, iov.nbytes)
         if fault is None:
             await self._lower.write(offset, iov, fua=fua)
+            await self._outlive()
             return
         if fault.rule.store is Store.ALL:
             await self._lower.write(offset, iov, fua=fua)
@@ -256,6 +258,7 @@ class Faulty(BlockHandler):
             lost = random.choice(blocks)
             for block in blocks:
                 if block != lost and random.random() < 0.5:
+                    await self._outlive()
                     at = block * self.block_size
                     await self._lower.write(offset + at, iov.slice(at, at + self.block_size), fua=fua)
         await self._end(fault)
@@ -265,7 +268,9 @@ class Faulty(BlockHandler):
         fault, _ = await self._begin("flush", 0, self.size)
         if fault is None or fault.rule.store is Store.ALL:
             await self._lower.flush()
-        if fault is not None:
+        if fault is None:
+            await self._outlive()
+        else:
             await self._end(fault)
 
     async def discard(self, offset: int, length: int) -> None:
@@ -278,18 +283,26 @@ class Faulty(BlockHandler):
 
     async def extents(self, offset: int, length: int) -> Sequence[tuple[int, ExtentState]]:
         """Passes down: no rule is about it."""
-        return await self._lower.extents(offset, length)
+        await self._outlive()
+        extents = await self._lower.extents(offset, length)
+        await self._outlive()
+        return extents
 
     async def set_size(self, size: int) -> None:
         """Passes down: no rule is about it."""
-        await self._lower.set_size(size)
-        self.size = self._lower.size
+        await self._outlive()
+        try:
+            await self._lower.set_size(size)
+        finally:
+            self.size = self._lower.size
+        await self._outlive()
 
     async def _clear(self, verb: str, offset: int, length: int) -> None:
         call = self._lower.discard if verb == "discard" else self._lower.write_zeroes
         fault, random = await self._begin(verb, offset, length)
         if fault is None:
             await call(offset, length)
+            await self._outlive()
             return
         unit = max(self.block_size, self.discard_granularity)
         if fault.rule.store is Store.TORN:
@@ -300,8 +313,7 @@ class Faulty(BlockHandler):
 
     async def _begin(self, verb: str, offset: int, length: int) -> tuple[Fault | None, Random]:
         """Finds out what shall happen, and waits as long as that says."""
-        if self._dead:
-            await trio.sleep_forever()
+        await self._outlive()
         number = self._operations
         self._operations += 1
         fired, random = self._firing(verb, offset, length)
@@ -312,9 +324,15 @@ class Faulty(BlockHandler):
         logger.info("operation %d, %s of %d bytes at %d: %s", number, verb, length, offset, fired)
         if fired.delay:
             await trio.sleep(fired.delay)
+            await self._outlive()
         if fired.hang:
             await trio.sleep_forever()
         return fault, random
+
+    async def _outlive(self) -> None:
+        """Never returns once there was a crash, whatever was under way then."""
+        if self._dead:
+            await trio.sleep_forever()
 
     def _firing(self, verb: str, offset: int, length: int) -> tuple[Rule | None, Random]:
         found: tuple[Rule | None, Random] = None, Random(0)
@@ -334,6 +352,7 @@ class Faulty(BlockHandler):
 
     async def _end(self, fault: Fault) -> None:
         """Fails or crashes, if the rule says so."""
+        await self._outlive()
         rule = fault.rule
         if rule.crash:
             self._dead = True
