@@ -17,9 +17,11 @@ from tcmu_rs.handlers.qcow2 import Qcow2Handler
 from tcmu_rs.handlers.qcow2 import log as log_module
 from tcmu_rs.handlers.qcow2.changes import Changes
 from tcmu_rs.handlers.qcow2.log import Record
+from tcmu_rs.handlers.qcow2.offline import resize
 from tcmu_rs.handlers.qcow2.pages import Pages
 from tcmu_rs.handlers.qcow2.recorder import Recorder
-from tcmu_rs.testing.crash import LostWrite, Medium, check_power_cuts, recorded_file
+from tcmu_rs.handlers.qcow2.storage import Storage
+from tcmu_rs.testing.crash import Cut, LostWrite, Medium, check_power_cuts, recorded_file
 
 from . import luks, qcow2
 from .conftest import Log
@@ -78,6 +80,32 @@ async def test_what_recovery_frees_is_free_once(tmp_path: Path) -> None:
             assert isinstance(handler, Qcow2Handler)
             assert handler.was_replayed
             assert handler.statistics()["free_bytes"]
+
+
+@pytest.mark.parametrize("version", ["0.10", "1.1"])
+async def test_growing_over_a_larger_backing_file_shows_nothing_of_it(version: str, tmp_path: Path) -> None:
+    # The size was changed first, and then what is below was covered. A power cut between left a disk that showed it,
+    # and to grow it once more did nothing, as it had that size.
+    path, below = tmp_path / "image", tmp_path / "base"
+    below.write_bytes(b"below" * SIZE)
+    old = 64 << 10
+    medium = Medium(qcow2.make(path, old, "-b", below, "-F", "raw", "-o", f"cluster_size=4k,compat={version}"))
+
+    def storage(name: Path, *, writable: bool) -> Storage:
+        return qcow2.RecordedStorage(medium, path) if Path(name) == path else Storage(name, writable=writable)
+
+    await resize(path, SIZE, storage=storage)
+    events = len(medium.history)
+    sizes = set()
+    for after in [*range(1, events, max(1, events // 40)), events]:
+        medium.after(Cut(after, "all", 0, 0.0, frozenset({0}))).save(path)
+        async with Qcow2Handler(path, idle=None) as disk:
+            sizes.add(disk.size)
+            found = bytearray(disk.size - old)
+            await disk.read(old, IoVec([found]))
+            assert not any(found)
+        qcow2.check(path)
+    assert sizes == {old, SIZE}
 
 
 @pytest.mark.parametrize("kind", ["plain", "compressed"])
