@@ -258,6 +258,56 @@ async def test_a_handler_that_looks_at_commands_first() -> None:
         assert handler.data[8 * BLOCK : 9 * BLOCK] == b"\x07" * BLOCK
 
 
+async def test_a_handler_that_takes_its_time_to_look_at_commands() -> None:
+    class Watching(Memory):
+        async def scsi_command(self, cmd: tcmu_rs.Command) -> object:
+            await trio.lowlevel.checkpoint()
+            return NotImplemented
+
+    handler = Watching()
+    async with simulated(handler) as disk:
+        for _ in range(2):
+            (await disk.scsi(*extended_copy(disk, disk, 0, 8, 1))).check()
+        handler.gate = trio.Event()
+        ticket = disk.submit(*extended_copy(disk, disk, 0, 8, 1))
+        await trio.testing.wait_all_tasks_blocked()
+        disk.abort(ticket)
+        reply = await disk.wait(ticket)
+        assert reply.status == TASK_ABORTED or reply.sense_code == DEVICE_FAILURE
+
+
+async def test_a_copy_waits_for_one_exchange_after_the_other() -> None:
+    """The second one begins in the very pass of the loop in which the copy could go on after the first."""
+
+    class Closable(Memory):
+        is_open = False
+
+        async def open(self) -> None:
+            self.is_open = True
+
+        async def aclose(self) -> None:
+            self.is_open = False
+            await trio.testing.wait_all_tasks_blocked()
+
+        async def write(self, offset: int, iov: tcmu_rs.IoVec) -> None:
+            assert self.is_open
+            await super().write(offset, iov)
+
+    domain = CopyDomain()
+    async with (
+        simulated(Memory(), name="source", copy_domain=domain) as one,
+        simulated(Closable(), name="target", copy_domain=domain) as other,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def replace_twice() -> None:
+            for _ in range(2):
+                await other.device.replace(Closable())
+
+        nursery.start_soon(replace_twice)
+        (await one.scsi(*extended_copy(one, other, 0, 0, 1))).check()
+
+
 async def test_statistics_show_a_piece_that_takes_long() -> None:
     domain = CopyDomain()
     source, target = Memory(), Memory()

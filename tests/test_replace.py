@@ -12,7 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 import tcmu_rs
 from tcmu_rs import IoVec
 from tcmu_rs.handlers.file import FileHandler
-from tcmu_rs.testing import LUN_RESET, SimulatedDisk, simulated
+from tcmu_rs.testing import CAP_OOOC, CAP_READ_LEN, CAP_TMR, LUN_RESET, SimulatedDisk, simulated
 
 from .conftest import Log
 from .disks import (
@@ -323,6 +323,27 @@ async def test_stale_memory_does_not_leak_when_the_promise_to_fill_reads_goes(lo
         await disk.write(0, b"secret.." * (BLOCK // 8))
         await disk.device.replace(Forgets())
         assert await disk.read(0, BLOCK) == b"0123456789".ljust(BLOCK, b"\0")
+
+
+async def test_an_answer_that_waits_for_a_view_holds_a_replacement_up_until_that_is_gone(
+    autojump_clock: MockClock, log: Log
+) -> None:
+    kept: list[memoryview] = []
+
+    class Keeper(PlainDisk):
+        def read(self, offset: int, iov: IoVec) -> None:
+            kept.append(iov[0])
+            super().read(offset, iov)
+
+    async with simulated(Keeper(), capabilities=CAP_OOOC | CAP_READ_LEN | CAP_TMR) as disk:
+        ticket = disk.submit(read16(0), data_in=BLOCK)
+        await wait_all_tasks_blocked()
+        log.expect("kept 1 views")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(disk.device.replace, PlainDisk())
+            await wait_all_tasks_blocked()
+            kept.clear()
+        assert (await disk.wait(ticket)).status == GOOD
 
 
 async def test_a_durable_write_stays_durable_when_the_new_handler_could_do_it_natively() -> None:

@@ -229,6 +229,26 @@ async def test_an_abort_of_a_command_that_is_over_harms_nobody() -> None:
         assert (await disk.wait(second)).status == GOOD
 
 
+async def test_a_late_abort_does_not_reach_the_next_command_of_the_same_id() -> None:
+    """The kernel has announced it, and the command ends before that is looked at; its id is the next one's at once."""
+    handler = Gated(2)
+    async with simulated(handler) as disk, trio.open_nursery() as nursery:
+        (first,) = submit_reads(disk, 0)
+        await wait_all_tasks_blocked()
+
+        async def end_after_its_abort() -> None:
+            await wait_all_tasks_blocked()
+            disk.abort(first)
+            handler.open_gate(0)
+
+        nursery.start_soon(end_after_its_abort)
+        await disk.device.pause(10)
+        assert (await disk.wait(first)).status == GOOD
+        (second,) = submit_reads(disk, 0)
+        disk.device.resume()
+        assert (await disk.wait(second)).status == GOOD
+
+
 async def test_workers_survive_any_number_of_aborts() -> None:
     handler = Gated(2)
     async with simulated(handler) as disk:

@@ -297,6 +297,43 @@ async def test_a_device_that_stops_waits_for_it_and_then_cancels_it(slow: tuple[
 
 
 @uring
+async def test_a_handler_may_need_a_moment_when_it_is_cancelled_at_the_end(slow: tuple[int, int]) -> None:
+    receiver, _ = slow
+    tidied: list[int] = []
+
+    async def reads(offset: int, iov: IoVec) -> None:
+        try:
+            await iov.read_from(receiver, 0)
+        except TransferCancelled:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(tidied.append, offset)
+            raise
+
+    async with simulated(Taskless(receiver, reads), grace=0.01) as disk:
+        tickets = [disk.submit(read16(block), data_in=BLOCK) for block in range(3)]
+        await in_flight(disk, 3)
+    assert [(await disk.wait(ticket)).status for ticket in tickets] == [TASK_ABORTED] * 3
+    assert sorted(tidied) == [0, BLOCK, 2 * BLOCK]
+
+
+@uring
+async def test_views_that_are_kept_at_the_end_keep_no_command_from_its_end(slow: tuple[int, int], log: Log) -> None:
+    receiver, _ = slow
+    kept: list[memoryview] = []
+
+    async def reads(_: int, iov: IoVec) -> None:
+        kept.append(iov[0])
+        await iov.read_from(receiver, 0)
+
+    async with simulated(Taskless(receiver, reads), grace=0.01) as disk:
+        tickets = [disk.submit(read16(block), data_in=BLOCK) for block in range(3)]
+        await in_flight(disk, 3)
+    assert [(await disk.wait(ticket)).status for ticket in tickets] == [TASK_ABORTED] * 3
+    for _ in range(3):
+        log.expect("kept 1 views")
+
+
+@uring
 async def test_another_handler_takes_over_when_it_is_over(fd: int, slow: tuple[int, int]) -> None:
     receiver, sender = slow
 

@@ -107,6 +107,8 @@ class Engine:
                     self._workers.nursery = self._nursery
                     self._workers.hire()
         finally:
+            # It takes no more tasks.
+            self._nursery = self._workers.nursery = None
             try:
                 await self._end_waiting()
             finally:
@@ -498,7 +500,7 @@ class Engine:
             result = await resume(coroutine, trap)
         finally:
             if cmd_id is not None:
-                self._not_suspended(cmd_id, cmd)
+                self._not_suspended(cmd_id, scope)
         if result is not None:
             self._calls.check_result(verb, result)
 
@@ -513,11 +515,11 @@ class Engine:
             await trio.lowlevel.checkpoint()
         finally:
             if cmd_id is not None:
-                self._not_suspended(cmd_id, cmd)
+                self._not_suspended(cmd_id, scope)
 
-    def _not_suspended(self, cmd_id: int, cmd: _native.Command) -> None:
-        # One that has gone on behind its abort has left the id to others.
-        if cmd_id in self._suspended and self._suspended[cmd_id][1] is cmd:
+    def _not_suspended(self, cmd_id: int, scope: trio.CancelScope) -> None:
+        # One that has gone on behind its abort has left the id to others, and one that is a copy by now has it there.
+        if cmd_id in self._suspended and self._suspended[cmd_id][0] is scope:
             del self._suspended[cmd_id]
 
     def _cut_short(self, cmd: _native.Command) -> _errors.Failure:
@@ -635,6 +637,8 @@ class Engine:
         with self._first_device_error():
             while not self._stopping:
                 self._kept.free()
+                # Answers may have waited for the views, and somebody for the answers.
+                self._is_idle()
                 await self._kept.wait()
 
 

@@ -159,7 +159,8 @@ class Device:
             foreign: The copy is another device's, and waits while the handler of this one is exchanged. That itself
                 waits for the copies of this one.
         """
-        if foreign:
+        # Another exchange may begin before the end of one is heard of here.
+        while foreign and not self._unparked.is_set():
             await self._unparked.wait()
         return await self._engine.perform(Piece(cmd, verb))
 

@@ -177,12 +177,12 @@ pub struct Command {
     pub bidi_in: Option<Buffer>,
 }
 
-/// A notification that commands were aborted; needs no answer. The ids are a hint and may be stale.
+/// A notification that commands were aborted; needs no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TaskManagement {
     /// One of [`abi::tmr`].
     pub kind: u8,
-    /// The commands meant.
+    /// The commands meant, but for those that were answered before it was fetched.
     pub commands: Vec<CmdId>,
 }
 
@@ -229,6 +229,10 @@ impl IdSet {
         let absent = self.0[word] & bit == 0;
         self.0[word] |= bit;
         absent
+    }
+
+    fn contains(&self, id: CmdId) -> bool {
+        self.0[usize::from(id.0 >> 6)] & 1u64 << (id.0 & 63) != 0
     }
 
     /// Returns whether it was present.
@@ -502,9 +506,14 @@ impl Ring {
         if count > (length - ids) / 2 {
             return Err(self.corrupt(position, format!("{count} task management ids in {length} bytes")));
         }
-        let commands = (0..count)
-            .map(|index| self.mapping.read_u16(base + ids + 2 * index).map(CmdId))
-            .collect::<Result<_, _>>()?;
+        let mut commands = Vec::new();
+        for index in 0..count {
+            let id = CmdId(self.mapping.read_u16(base + ids + 2 * index)?);
+            // Of one that is answered the id may be that of a command behind this entry.
+            if self.outstanding.contains(id) {
+                commands.push(id);
+            }
+        }
         Ok(TaskManagement { kind, commands })
     }
 

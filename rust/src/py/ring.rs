@@ -27,7 +27,7 @@ pub struct Ring {
 pub struct TaskManagement {
     /// The function: a `TCMU_TMR_*` number.
     kind: u8,
-    /// The ids meant; they may be stale.
+    /// The ids meant.
     commands: Vec<u16>,
 }
 

@@ -176,6 +176,8 @@ pub(super) struct ExtendedCopy {
     done: u64,
     phase: Phase,
     wrote: bool,
+    /// Something of this segment was written into a cache.
+    cached: bool,
     running: Running,
 }
 
@@ -217,8 +219,15 @@ pub(super) fn extended_copy(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataBuf
     };
     Ok(match plan {
         Ok(segments) => {
-            let copy =
-                ExtendedCopy { segments, index: 0, done: 0, phase: Phase::Reading, wrote: false, running };
+            let copy = ExtendedCopy {
+                segments,
+                index: 0,
+                done: 0,
+                phase: Phase::Reading,
+                wrote: false,
+                cached: false,
+                running,
+            };
             Box::new(copy).next(lu)
         }
         Err(Refusal::Command(sense) | Refusal::Copy(sense)) => Next::Done(running.fail(Reply::check(sense))),
@@ -430,12 +439,14 @@ impl ExtendedCopy {
                     self.phase = Phase::Writing;
                     return Next::Done(self.failed(Reply::check(sense)));
                 }
+                let durability = destination.durability(false);
+                self.cached |= durability != Durability::Native;
                 let step = Step {
                     verb: Verb::Write,
                     offset: ByteOffset(at),
                     length,
                     buffer: StepBuffer::Owned(bytes),
-                    fua: destination.durability(false) == Durability::Native,
+                    fua: durability == Durability::Native,
                     unit: Some(*destination.identity().naa()),
                 };
                 self.phase = Phase::Writing;
@@ -451,7 +462,7 @@ impl ExtendedCopy {
                 lock(&self.running.progress).bytes += length;
                 if self.done == segment.length {
                     let destination = unit_of(&segment.destination, lu);
-                    if destination.durability(false) == Durability::Flush {
+                    if self.cached && destination.is_write_through() {
                         let step = Step { unit: Some(*destination.identity().naa()), ..Step::FLUSH };
                         self.phase = Phase::Flushing;
                         return Next::Call(step, Task(Stage::Copy(self)));
@@ -467,6 +478,7 @@ impl ExtendedCopy {
     fn finish_segment(&mut self) {
         self.index += 1;
         self.done = 0;
+        self.cached = false;
         lock(&self.running.progress).segments += 1;
     }
 

@@ -4,6 +4,7 @@ use super::batch::Batch;
 use super::copy::ExtendedCopy;
 use super::lba_status::LbaStatus;
 use super::modify::{Compare, OrWrite};
+use super::transfer::Durability;
 use super::verify::Verify;
 use super::{ByteOffset, DataBuffer, LogicalUnit, Next, Reach, Reply, Step, StepBuffer, StepResult, Verb};
 
@@ -18,8 +19,8 @@ pub struct Task(pub(super) Stage);
 pub(super) enum Stage {
     /// Nothing: GOOD, with so many bytes of Data-In.
     Finish { data_in: usize },
-    /// The data is written and must become durable.
-    Flush,
+    /// The data is written, and becomes durable as it was to when the write began.
+    Written(Durability),
     /// The cache is flushed, now the medium is read.
     Read { offset: ByteOffset, length: usize },
     /// More of a WRITE SAME, UNMAP, FORMAT UNIT or SANITIZE.
@@ -28,8 +29,8 @@ pub(super) enum Stage {
     Verify(Box<Verify>),
     /// The data is written and must get to the medium, where it is verified.
     FlushAndVerify(Box<Verify>),
-    /// The data of a WRITE ATOMIC is written, and must become durable if so asked.
-    Atomic { flush: bool },
+    /// The same of a WRITE ATOMIC.
+    WrittenAtomic(Durability),
     /// The blocks of a COMPARE AND WRITE were read.
     Compare(Box<Compare>),
     /// Some blocks of an ORWRITE were read, or written.
@@ -54,11 +55,11 @@ impl Task {
     pub fn reach(&self, first: &Step) -> Reach {
         let (start, end) = (first.offset.0, first.offset.0 + first.length);
         match &self.0 {
-            Stage::Finish { .. } | Stage::Flush => Reach::shared(start, end),
+            Stage::Finish { .. } | Stage::Written(_) => Reach::shared(start, end),
             Stage::Read { offset, length } => Reach::shared(offset.0, offset.0 + *length as u64),
             Stage::Batch(batch) => batch.reach(start, end),
             Stage::Verify(verify) | Stage::FlushAndVerify(verify) => verify.reach(),
-            Stage::Atomic { .. } | Stage::Compare(_) => Reach::exclusive(start, end),
+            Stage::WrittenAtomic(_) | Stage::Compare(_) => Reach::exclusive(start, end),
             Stage::OrWrite(orwrite) => orwrite.reach(),
             Stage::LbaStatus(_) | Stage::Stop { .. } | Stage::Copy(_) => Reach::NOTHING,
         }
@@ -102,13 +103,11 @@ impl LogicalUnit {
     pub fn resume(&self, task: Task, buffer: &dyn DataBuffer, result: StepResult) -> Next {
         match task.0 {
             Stage::Finish { data_in } => Next::Done(Reply::good(data_in)),
-            Stage::Flush => Next::flush(),
+            Stage::Written(durability) | Stage::WrittenAtomic(durability) => self.finish_write(durability),
             Stage::Read { offset, length } => Next::read(offset, length),
             Stage::Batch(batch) => batch.advance(self),
             Stage::Verify(verify) => verify.advance(self, buffer, result),
             Stage::FlushAndVerify(verify) => Next::Call(Step::FLUSH, Task(Stage::Verify(verify))),
-            Stage::Atomic { flush: true } => Next::flush(),
-            Stage::Atomic { flush: false } => Next::Done(Reply::good(0)),
             Stage::Compare(compare) => compare.advance(buffer, result),
             Stage::OrWrite(orwrite) => orwrite.advance(self, buffer, result),
             Stage::LbaStatus(status) => status.advance(self, buffer, result),

@@ -102,14 +102,26 @@ impl LogicalUnit {
             Durability::Flush
         }
     }
+
+    /// What follows the write itself. The cache may have been turned off since it began, and the flush of that was too
+    /// early for its data; but whoever gets its GOOD now will not ask for another one.
+    pub(super) fn finish_write(&self, durability: Durability) -> Next {
+        match durability {
+            Durability::Later if !self.is_write_through() => Next::Done(Reply::good(0)),
+            Durability::Native => Next::Done(Reply::good(0)),
+            Durability::Later | Durability::Flush => Next::flush(),
+        }
+    }
 }
 
 impl Durability {
     /// A write, a flush if it takes one, then GOOD.
     pub(super) fn write(self, offset: ByteOffset, length: u64, buffer: StepBuffer) -> Next {
-        let stage = if self == Self::Flush { Stage::Flush } else { Stage::Finish { data_in: 0 } };
         let fua = self == Self::Native;
-        Next::Call(Step { verb: Verb::Write, offset, length, buffer, fua, unit: None }, Task(stage))
+        Next::Call(
+            Step { verb: Verb::Write, offset, length, buffer, fua, unit: None },
+            Task(Stage::Written(self)),
+        )
     }
 }
 
@@ -195,7 +207,7 @@ pub(super) fn write_atomic(lu: &LogicalUnit, cdb: Cdb<'_>, buffer: &dyn DataBuff
     lu.count_write(length);
     let durability = lu.durability(force_unit_access);
     let (length, fua) = (length as u64, durability == Durability::Native);
-    let stage = Stage::Atomic { flush: durability == Durability::Flush };
+    let stage = Stage::WrittenAtomic(durability);
     let buffer = StepBuffer::Command(0);
     Ok(Next::Call(Step { verb: Verb::Write, offset, length, buffer, fua, unit: None }, Task(stage)))
 }

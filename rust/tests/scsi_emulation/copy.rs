@@ -148,6 +148,18 @@ fn what_a_unit_without_a_write_cache_has_copied_is_durable() {
 }
 
 #[test]
+fn what_is_copied_while_the_write_cache_is_turned_off_is_durable() {
+    for native_fua in [false, true] {
+        let mut disk = pair(Geometry::new(512, 4 << 20), Capabilities { native_fua, ..ALL });
+        disk.neighbours[0].loses_cache = true;
+        let list =
+            parameter_list(0, 0x18, &[cscd(NAA), cscd(OTHER)], &[between(0, 1, block_to_block(0, 0, 4000))]);
+        assert_good(copy(&mut disk, &list));
+        assert!(!disk.neighbours[0].volatile.contains(&true));
+    }
+}
+
+#[test]
 fn nothing_is_copied_if_a_segment_cannot_be() {
     let mut disk = pair(Geometry::new(512, 1 << 20), Capabilities { write: false, ..ALL });
     let cscds = [cscd(NAA), cscd(OTHER), cscd(UNKNOWN)];

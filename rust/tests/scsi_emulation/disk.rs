@@ -81,6 +81,8 @@ pub struct Disk {
     pub early: Option<Option<(Step, Task)>>,
     /// The disks that pieces of copies may be for.
     pub neighbours: Vec<Disk>,
+    /// The write cache is turned off while a write is under way.
+    pub loses_cache: bool,
     /// So many steps succeed, then all fail with this.
     pub failure: Option<(usize, Reply)>,
 }
@@ -105,6 +107,7 @@ impl Disk {
             extents: Vec::new(),
             early: None,
             neighbours: Vec::new(),
+            loses_cache: false,
             failure: None,
         }
     }
@@ -160,6 +163,9 @@ impl Disk {
         let disk = if own { &mut *self } else { self.neighbours.iter_mut().find(neighbour).unwrap() };
         disk.check_step(&step, buffer);
         let result = disk.carry_out(&step, buffer);
+        if disk.loses_cache && step.verb == Verb::Write {
+            disk.lu.set_write_cache(false);
+        }
         self.steps.push(step);
         self.lu.resume(task, buffer, result)
     }

@@ -232,6 +232,33 @@ fn a_write_without_a_write_cache_is_flushed() {
     }
 }
 
+/// The flush that came with it was too early for their data, and the initiator will ask for no other one.
+#[test]
+fn writes_that_end_after_the_cache_was_turned_off_are_durable() {
+    let twice = |block: &[u8]| block.repeat(2);
+    let sixteen = |opcode: u8, blocks_at: usize| {
+        let mut cdb = vec![0; 16];
+        (cdb[0], cdb[blocks_at]) = (opcode, 1);
+        cdb
+    };
+    for native_fua in [false, true] {
+        for (cdb, data) in [
+            (sixteen(0x8a, 13), vec![1; 512]),
+            (sixteen(0x89, 13), twice(&[0; 512])),
+            (sixteen(0x8b, 13), vec![1; 512]),
+            (sixteen(0x93, 13), vec![1; 512]),
+            (sixteen(0x9c, 13), vec![1; 512]),
+        ] {
+            let geometry = Geometry { max_atomic_write_blocks: 1, ..Geometry::new(512, 16 * 512) };
+            let mut disk = Disk::with(geometry, Capabilities { native_fua, ..ALL });
+            disk.loses_cache = true;
+            assert_good(disk.write(&cdb, &data));
+            assert_eq!(disk.verbs().last(), Some(&Verb::Flush), "{cdb:02x?}");
+            assert!(!disk.volatile.contains(&true));
+        }
+    }
+}
+
 #[test]
 fn a_handler_with_fua_of_its_own_needs_no_flush() {
     let mut disk = Disk::new(16, Capabilities { native_fua: true, ..ALL });
