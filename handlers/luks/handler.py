@@ -157,7 +157,8 @@ class LuksHandler(BlockHandler):
     def absolute_config(cls, config: str) -> str:
         """That of what the container is stored in."""
         kind, below = handler_below(config)
-        return config.removesuffix(below) + kind.absolute_config(below)
+        absolute: str = kind.absolute_config(below)
+        return config.removesuffix(below) + absolute
 
     @classmethod
     async def create(cls, config: str, options: Options) -> LuksHandler:
