@@ -96,6 +96,11 @@ class FileHandler(BlockHandler):
         )
 
     @classmethod
+    def absolute_config(cls, config: str) -> str:
+        """The path, made absolute."""
+        return str(Path.cwd() / config) if config and not config.startswith("/") else config
+
+    @classmethod
     async def create(cls, config: str, options: Options) -> None:
         """Makes a sparse file, which must not exist yet."""
         handler = cls.from_config(config, options)

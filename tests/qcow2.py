@@ -149,7 +149,9 @@ def audit(disk: Qcow2Handler) -> None:
         for sector in range(start, start + length)
     ]
     assert len(free) == len(set(free)), f"free twice: sector {sorted(free)[[*map(sorted(free).count, free)].index(2)]}"
-    used = {sector: "what is not in the file" for sector in free if sector * SECTOR >= space.end}
+    # Where sectors are not counted, the last cluster may be free as a whole, and the file end in the middle of it.
+    end = -(-space.end // size) * size
+    used = {sector: "what is not in the file" for sector in free if sector * SECTOR >= end}
 
     def use(offset: int, length: int, what: str) -> None:
         used.update(dict.fromkeys(range(offset // SECTOR, -(-(offset + length) // SECTOR)), what))

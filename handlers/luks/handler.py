@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from tcmu_rs import BlockHandler, IoVec, Lower, Options
+from tcmu_rs import BlockHandler, IoVec, Lower, Options, handler_below
 from tcmu_rs.handlers.file import FileHandler
 
 from . import container, keys, luks2
@@ -152,6 +152,13 @@ class LuksHandler(BlockHandler):
             block_size=options.block_size,
             size=options.size,
         )
+
+    @classmethod
+    def absolute_config(cls, config: str) -> str:
+        """That of what the container is stored in."""
+        kind, below = handler_below(config)
+        absolute: str = kind.absolute_config(below)
+        return config.removesuffix(below) + absolute
 
     @classmethod
     async def create(cls, config: str, options: Options) -> LuksHandler:

@@ -386,13 +386,19 @@ class Space:
         self._walked = offset + self._cluster_size
 
     def _count_whole(self, first: int, *, used: bool) -> None:
-        """A cluster of several regions is used, or not, as a whole."""
-        for sector in range(first, first + self._per_cluster):
-            users = self._users.get(sector >> (_REGION_BITS - 9))
-            if users is not None and used:
-                users[sector & (_REGION - 1)] = 255
-        if not used:
-            self.holes.add(first, self._per_cluster)
+        """A cluster of several regions: it is used as a whole, or what nobody was counted to use is free."""
+        for start in range(first, first + self._per_cluster, _REGION):
+            users = self._users.get(start // _REGION)
+            if used:
+                if users is not None:
+                    users[:] = b"\xff" * _REGION
+            elif users is None or not any(users):
+                self.holes.add(start, _REGION)
+            else:
+                # It has lost its last user, and the record that says so is on its way.
+                for at, count in enumerate(users):
+                    if not count:
+                        self.holes.add(start + at, 1)
 
     def skip(self, offset: int, stop: int) -> int:
         """The first cluster from `offset` on that `walk` has to be told of; before it all sectors have users."""

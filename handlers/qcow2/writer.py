@@ -28,6 +28,7 @@ from .log import STATES, Chain
 from .packing import Packer
 from .pages import Cold
 from .recorder import Recorder, worst_change
+from .refcounts import Refcounts
 from .session import Session, announce, check_room, lay_log, place_log, renounce, resume
 from .space import Space
 from .tables import COMPRESSED, COPIED, OFFSET, SUBCLUSTERS, ZERO
@@ -59,6 +60,23 @@ def _check_external(image: Image, *, compress: bool) -> None:
         raise Qcow2Error(
             f"{path} has a raw data file, and a backing file that it would have to show: attach it read-only"
         )
+
+
+def _check_refcounts(image: Image) -> None:
+    """Refuses refcounts by which something would be written over what the image begins with.
+
+    Raises:
+        Qcow2Error: They are damaged.
+    """
+    header = image.header
+    refcounts = Refcounts(image.pages, header)
+    begins = {"header": 0, "L1 table": header.l1_offset, "refcount table": header.refcount_offset}
+    for what, offset in begins.items():
+        if not refcounts.get(offset >> header.cluster_bits):
+            raise Qcow2Error(
+                f"{image.storage.path} is damaged: by its refcounts its {what} is free space. `qemu-img check -r all` "
+                "may mend it, or attach it read-only"
+            )
 
 
 class Writer:
@@ -96,6 +114,7 @@ class Writer:
                 f"the refcounts of {image.storage.path} are not up to date: run `qemu-img check -r all`, "
                 "or attach it read-only"
             )
+        _check_refcounts(image)
         if chain is None:
             # Better known now than at the first write.
             check_room(image)

@@ -189,6 +189,12 @@ class Faulty(BlockHandler):
         below = dataclasses.replace(options, extra=MappingProxyType(extra))
         return cls(_registry.load(name).from_config(config, below), rules, seed=int(seed))
 
+    @classmethod
+    def absolute_config(cls, config: str) -> str:
+        """That of the disk below."""
+        name, below = _registry.parse_spec(config)
+        return f"{name}:{_registry.load(name).absolute_config(below)}"
+
     @property
     def rules(self) -> tuple[Rule, ...]:
         """Rules in force. Setting them starts their counts anew."""
