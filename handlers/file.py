@@ -45,7 +45,7 @@ class FileHandler(BlockHandler):
         direct: Go around the page cache (O_DIRECT).
 
     Raises:
-        OSError: From `open`: the path cannot be opened, or is locked (EWOULDBLOCK), or is a block device in use (EBUSY).
+        OSError: From `open`: the path cannot be opened, is locked (EWOULDBLOCK), or a block device in use (EBUSY).
         ValueError: From `open`: it is neither file nor block device, or its size does not fit.
     """
 
