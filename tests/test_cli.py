@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -76,6 +77,8 @@ def test_sizes_are_written_without_loss(size: int) -> None:
         (["attach", "ram:", "--block-size", "520"], "'520' is not one of"),
         (["attach", "ram:", "-o", "key"], "'key' is not of the form KEY=VALUE"),
         (["attach", "ram:", "-o", "a=1", "-o", "a=2"], "-o a is given twice"),
+        (["attach", "ram:", "--portal", "127.0.0.1:3261"], "--portal is for iSCSI: add --fabric iscsi"),
+        (["attach", "ram:", "--allow-network", "--fabric", "none"], "--allow-network is for iSCSI"),
         (["create", "ram:"], "Missing option '--size'"),
         (["nothing"], "No such command 'nothing'"),
         (["list", "--nothing"], "No such option"),
@@ -129,6 +132,33 @@ def test_create_makes_the_file(tmp_path: Path) -> None:
     again = run("create", f"file:{path}", "--size", "1M")
     assert str(path) in error_of(again)
     assert again.exit_code == 1
+
+
+@pytest.mark.parametrize("below", ["", "luks:", "faults:file:", "luks:qcow2:", "luks:faults:luks:"])
+def test_a_relative_path_is_another_disk_in_another_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    """A killed server's device was taken for that of the file of the same name in another directory, whose content its
+    users got; and `resize --shrink` there cut the served disk."""
+    seen = []
+
+    def attach(*_: Any, spec: str, **__: Any) -> None:
+        seen.append(spec)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("tcmu_rs._attach.attach", attach)
+    monkeypatch.setattr("tcmu_rs._resize.find", lambda handler, config: seen.append(f"{handler}:{config}"))
+    name, _, rest = (below or "file:").partition(":")
+    (tmp_path / "disk.img").touch()
+    monkeypatch.chdir(tmp_path)
+    spec, expected = f"{name}:{rest}disk.img", f"{name}:{rest}{tmp_path}/disk.img"
+    keys = ["-o", "key-file=k"] * name.startswith("luks")
+    for what in (spec, expected):
+        run("resize", what, "--size", "1M", *keys)
+        run("snapshot", "delete", what, "x", *keys)
+        if "luks:" not in rest:
+            run("attach", what, *keys)
+    assert seen and set(seen) == {expected} and len(seen) == (4 if "luks:" in rest else 6)
 
 
 def test_a_class_of_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from tcmu_rs import BlockHandler, Command, ExtentState, IoVec
 from tcmu_rs.testing import LUN_RESET, SimulatedDisk, simulated
 
 from .conftest import Log
-from .disks import TASK_ABORTED
+from .disks import BUSY, TASK_ABORTED
 
 BLOCK = 512
 BLOCKS = 16384
@@ -102,6 +102,16 @@ async def test_format_lets_others_run_even_if_the_handler_never_waits() -> None:
         (await disk.scsi(*FORMAT_IMMED)).check()
         assert await wait_until_ready(disk)
         assert not any(handler.data[::4096])
+
+
+async def test_a_format_that_comes_at_the_end_is_not_said_to_be_under_way() -> None:
+    """With IMMED the emulation answers GOOD before the first step, which nobody does any more."""
+    handler = Memory()
+    async with simulated(handler) as disk:
+        disk.device.stop()
+        late = disk.submit(*FORMAT_IMMED)
+    assert (await disk.wait(late)).status == BUSY
+    assert not handler.calls
 
 
 async def test_the_id_of_an_answered_format_is_another_commands() -> None:

@@ -19,7 +19,7 @@ from tcmu_rs import IoVec
 from tcmu_rs.testing import CAP_KEEP_BUF, CAP_OOOC, CAP_READ_LEN, CAP_TMR, SimulatedDisk, simulated
 
 from .conftest import Log
-from .disks import BLOCK, GOOD, TASK_ABORTED, PlainDisk, Storage, read16, write16
+from .disks import BLOCK, CHECK_CONDITION, GOOD, TASK_ABORTED, PlainDisk, Storage, read16, write16
 
 WITHOUT_KEEP_BUF = CAP_OOOC | CAP_READ_LEN | CAP_TMR
 ALL = WITHOUT_KEEP_BUF | CAP_KEEP_BUF
@@ -229,6 +229,37 @@ async def test_an_iovec_that_is_kept_gives_nothing_out_any_more() -> None:
             with pytest.raises(BufferError, match="the command was answered"):
                 use()
         assert disk.kernel.kept() == []
+
+
+async def test_an_iovec_of_a_read_that_wrote_nothing_does_not_touch_the_memory_either(log: Log) -> None:
+    """What a partial use leaves out is zeroed before; but by then another command may have the memory."""
+
+    class Failing(PlainDisk):
+        kept: IoVec
+
+        def read(self, offset: int, iov: IoVec) -> None:
+            self.kept = iov
+            raise OSError(5, "broken")
+
+        async def write(self, offset: int, iov: IoVec) -> None:  # type: ignore[override]
+            for use in (
+                lambda: self.kept[0],
+                self.kept.tobytes,
+                lambda: self.kept.slice(0, 4).copy_from(b"late"),
+                lambda: self.kept.slice(0, 4).zero(),
+                lambda: self.kept.read_from(0, 0),
+                lambda: self.kept.slice(0, 4).read_from(0, 0),
+            ):
+                with pytest.raises(BufferError, match="the command was answered"):
+                    use()
+            self.store(offset, iov)
+
+    handler = Failing()
+    async with simulated(handler) as disk:
+        assert (await disk.scsi(read16(0), data_in=BLOCK)).status == CHECK_CONDITION
+        log.expect("broken")
+        await disk.write(0, b"x" * BLOCK)
+    assert handler.data[:BLOCK] == b"x" * BLOCK
 
 
 async def test_transfers_in_many_pieces() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from tcmu_rs import BlockHandler, IoVec, Lower, Options
+from tcmu_rs import BlockHandler, IoVec, Lower, Options, handler_below
 from tcmu_rs.handlers.file import FileHandler
 
 from . import container, keys, luks2
@@ -154,6 +154,13 @@ class LuksHandler(BlockHandler):
         )
 
     @classmethod
+    def absolute_config(cls, config: str) -> str:
+        """That of what the container is stored in."""
+        kind, below = handler_below(config)
+        absolute: str = kind.absolute_config(below)
+        return config.removesuffix(below) + absolute
+
+    @classmethod
     async def create(cls, config: str, options: Options) -> LuksHandler:
         """Makes a file, or another handler's storage, with an empty container; what is there already is left alone.
 
@@ -183,6 +190,8 @@ class LuksHandler(BlockHandler):
         elif sector_size != UNIT:
             raise ValueError(f"LUKS1 has sectors of {UNIT} bytes, not {sector_size}")
         check_cipher("aes-xts-plain64", key_size // 8, sector_size)
+        if key_size % 8:
+            raise ValueError(f"key-size is {key_size}; it is a number of bits, 256 or 512")
         if options.size % sector_size:
             raise ValueError(
                 f"{options.size} bytes are not a whole number of encryption sectors of {sector_size}: "

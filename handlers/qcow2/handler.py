@@ -151,6 +151,11 @@ class Qcow2Handler(BlockHandler):
         return handler
 
     @classmethod
+    def absolute_config(cls, config: str) -> str:
+        """The path, made absolute."""
+        return str(Path.cwd() / config) if config and not config.startswith("/") else config
+
+    @classmethod
     async def create(cls, config: str, options: Options) -> Self:
         """Makes an empty image.
 

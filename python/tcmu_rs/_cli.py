@@ -185,6 +185,14 @@ def _find_class(name: str, handler_class: str | None) -> Any:
     return _registry.load_class(handler_class)
 
 
+def _absolute(spec: tuple[str, str], handler_class: str | None) -> tuple[str, str]:
+    """The specification as `attach` tells it to the kernel: a relative path is another disk elsewhere."""
+    # A device can be asked for by its name alone, if its handler is not to be had here.
+    with suppress(_registry.RegistryError):
+        return spec[0], _find_class(spec[0], handler_class).absolute_config(spec[1])
+    return spec
+
+
 def _options(
     *,
     size: int | None,
@@ -276,12 +284,16 @@ def attach(
     """
     from . import _adoption, _attach, _serving, _supervise
 
-    handler_name, config = spec
+    given = click.get_current_context().get_parameter_source
+    for option in ("iqn", "portal", "allow_network"):
+        if device_options["fabric"] != "iscsi" and given(option) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{option.replace('_', '-')} is for iSCSI: add --fabric iscsi")
+    kind = _find_class(spec[0], handler_class)
+    handler_name, config = spec[0], kind.absolute_config(spec[1])
     if create and _adoption.is_there(_lio.device_config(handler_name, config)):
         # Initiators know what is in the storage: if that is gone, nothing empty may take its place.
         create = False
     options = _options(size=size, create=create, read_only=read_only, block_size=block_size, extra=extra)
-    kind = _find_class(handler_name, handler_class)
     handler = kind.from_config(config, options)
     leash = _supervise.Leash.inherited()
     if supervise:

@@ -52,7 +52,7 @@ def resize(
     """
     from . import _resize
 
-    handler, config = spec
+    handler, config = _cli._absolute(spec, handler_class)
     if (device := _resize.find(handler, config)) is not None:
         _resize.served(device, size, shrink=shrink)
         return
@@ -77,7 +77,7 @@ def _action(action: str, about: str) -> None:
     def run(spec: _Spec, handler_class: str | None, extra: _Extra, block_size: str | None, name: str) -> None:
         from . import _resize
 
-        if (device := _resize.find(*spec)) is not None:
+        if (device := _resize.find(*_cli._absolute(spec, handler_class))) is not None:
             _resize.check_served(device)
             trio.run(functools.partial(_resize.ask, device, "snapshot", action=action, snapshot=name))
             return

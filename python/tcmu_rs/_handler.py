@@ -128,6 +128,15 @@ class Handler:
         return cls()
 
     @classmethod
+    def absolute_config(cls, config: str) -> str:
+        """The same text for any working directory: paths in it made absolute.
+
+        Other processes know a disk of the command line by it: to resize it, or to go on with one that a killed server
+        has left. **If omitted**: as it is.
+        """
+        return config
+
+    @classmethod
     async def create(cls, config: str, options: Options) -> Handler | None:
         """Makes the storage (`tcmu-rs create`), never over storage that is there. **If omitted**: that is an error.
 

@@ -152,7 +152,8 @@ class Queue:
         self.pending.clear()
         self._pieces.clear()
         for _ in range(LAST_BATCHES):
-            commands, _ = self._ring.drain(BATCH)
+            # Past the emulation, which would say of some (IMMED) that they are under way.
+            commands, _ = self._ring.drain(BATCH, True)
             self._refuse(commands)
             if not self._ring.pending():
                 break

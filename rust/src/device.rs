@@ -682,10 +682,13 @@ impl Claim {
     }
 
     /// Zeroes Data-In before its first partial use: what a handler forgets to write is zeroes then, and never what
-    /// the memory held before.
+    /// the memory held before. Nothing is done when the command is answered: the memory may be another one's.
     pub fn zero_unless_filled(&self) {
-        if !self.filled.swap(true, Ordering::Relaxed) {
-            self.data_in().zero(0..usize::MAX);
+        if !self.is_filled() && self.lend() {
+            if !self.filled.swap(true, Ordering::Relaxed) {
+                self.data_in().zero(0..usize::MAX);
+            }
+            self.give_back();
         }
     }
 
