@@ -17,7 +17,7 @@ from tcmu_rs.handlers.qcow2 import Qcow2Handler
 from tcmu_rs.handlers.qcow2 import log as log_module
 from tcmu_rs.handlers.qcow2.changes import Changes
 from tcmu_rs.handlers.qcow2.log import Record
-from tcmu_rs.handlers.qcow2.offline import resize
+from tcmu_rs.handlers.qcow2.offline import change_map, resize
 from tcmu_rs.handlers.qcow2.pages import Pages
 from tcmu_rs.handlers.qcow2.recorder import Recorder
 from tcmu_rs.handlers.qcow2.storage import Storage
@@ -80,6 +80,34 @@ async def test_what_recovery_frees_is_free_once(tmp_path: Path) -> None:
             assert isinstance(handler, Qcow2Handler)
             assert handler.was_replayed
             assert handler.statistics()["free_bytes"]
+
+
+async def test_what_recovery_would_not_read_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    # A snapshot of a disk of many TiB has more tables in its record than are decompressed. The record was written and
+    # then the tables in place, and after a power cut some of these were new and others old.
+    monkeypatch.setattr(log_module, "_MAX_PAGES", 16 << 10)
+    path = tmp_path / "image"
+    medium = Medium(qcow2.make(path, 16 << 20, "-o", "cluster_size=4k"))
+
+    def storage(name: Path, *, writable: bool) -> Storage:
+        return qcow2.RecordedStorage(medium, path)
+
+    async with Qcow2Handler(path, idle=None, storage=storage) as disk:
+        for table in range(8):
+            await disk.write(table << 21, IoVec([b"x" * 4096]))
+            await disk.flush()
+            await disk._writer._commits.checkpoint()  # type: ignore[union-attr]
+    start = len(medium.history)
+    with pytest.raises(OSError, match="are too many for a record"):
+        await change_map(path, lambda branching: branching.create_snapshot("one"), storage=storage)
+    for after in range(start, len(medium.history), 4):
+        medium.after(Cut(after, "all", 0, 0.0, frozenset({0}))).save(path)
+        async with Qcow2Handler(path, idle=None):
+            pass
+        qcow2.check(path)
+    log.records.clear()
 
 
 @pytest.mark.parametrize("version", ["0.10", "1.1"])
