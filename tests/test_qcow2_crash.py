@@ -13,7 +13,7 @@ import pytest
 
 from tcmu_rs import BlockHandler, IoVec, Lower
 from tcmu_rs.handlers.luks import LuksHandler
-from tcmu_rs.handlers.qcow2 import Qcow2Handler
+from tcmu_rs.handlers.qcow2 import Qcow2Handler, scanner, space, upkeep
 from tcmu_rs.handlers.qcow2 import log as log_module
 from tcmu_rs.handlers.qcow2.changes import Changes
 from tcmu_rs.handlers.qcow2.log import Record
@@ -59,6 +59,28 @@ async def test_power_cuts(kind: str, seed: int, tmp_path: Path) -> None:
         serve, image, seed=seed, lives=4, cuts=12, operations=80, garbage=garbage, spared={0}, judge=qcow2.judge
     )
     assert summary.recoveries_cut
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("cluster", ["8k", "32k"])
+async def test_power_cuts_in_a_large_image(
+    cluster: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Large are images that are looked through while they are changed, and of which not all sectors are counted; large
+    # clusters are those of two regions. So what takes gigabytes is made small.
+    monkeypatch.setattr(upkeep, "_SMALL", 0)
+    monkeypatch.setattr(scanner, "_CLUSTERS_AT_ONCE", 2)
+    small = {"_REGION_BITS": 14, "_REGION": 32, "_MAX_REGIONS": 16, "_UNIT": 8, "_FRAGMENTED": 2, "_EXACT": 8}
+    for name, value in {**small, "_LARGE": bytes(8)}.items():
+        monkeypatch.setattr(space, name, value)
+    image = qcow2.make(tmp_path / "image", SIZE, "-o", f"cluster_size={cluster},compression_type=zstd")
+
+    def serve(medium: Medium) -> AbstractContextManager[BlockHandler]:
+        return qcow2.on_medium(medium, **{**SMALL, "cache_size": 256 << 10}, compress=True)
+
+    await check_power_cuts(
+        serve, image, seed=seed, lives=4, cuts=8, operations=150, garbage=0.1, spared={0}, judge=qcow2.judge
+    )
 
 
 async def test_what_recovery_frees_is_free_once(tmp_path: Path) -> None:
