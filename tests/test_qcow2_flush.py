@@ -199,6 +199,52 @@ async def test_an_idle_disk_tries_again_to_write_back(
     check(path)
 
 
+async def test_what_comes_while_clusters_are_made_durable_has_room_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written while a flush waited for an fdatasync was in its record, too: up to all of a half of the log. The
+    next record of images had no room for that beside the tables, the disk was dead, and could not be opened again.
+    """
+    path = tmp_path / "image"
+    create(path, 16 * MIB, cluster_size=8192)
+    go_on = trio.Event()
+    sync = Storage.sync
+
+    async def slow(storage: Storage) -> None:
+        await go_on.wait()
+        await sync(storage)
+
+    async with Qcow2Handler(path, idle=None, log_size=MIB) as disk:
+        await disk.write(0, IoVec([b"a" * 8192]))
+        writer = disk._writer
+        assert writer is not None and writer._session is not None
+        await writer._destaging.destage()
+        monkeypatch.setattr(Storage, "sync", slow)
+        written = 0
+
+        async def write() -> None:
+            nonlocal written
+            for number in range(1, 100):
+                await disk.write(number * 8192, IoVec([bytes([number]) * 8192]))
+                written = number
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(disk.flush)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(write)
+            await trio.testing.wait_all_tasks_blocked()
+            before, unlogged = written, writer._cache.unlogged
+            go_on.set()
+        assert 10 < before and unlogged <= writer._session.log.half_size * 3 // 8
+        assert written == 99
+        await disk.flush()
+        found = bytearray(8192)
+        for number in range(1, 100):
+            await disk.read(number * 8192, IoVec([found]))
+            assert found == bytes([number]) * 8192
+    check(path)
+
+
 async def test_a_flush_waits_for_nobody_who_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others wrote as fast as it wrote back, to have less for the log. While it made room for the last resort, to do it
     alone, everything was written back in the background. Then it waited for those who had done it, for ever.

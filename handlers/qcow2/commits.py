@@ -156,14 +156,15 @@ class Commits:
                     recorder.unsynced = False
                     await self._failure.or_fail(self._payload.storage.sync())
             return
-        await recorder.sync_fresh()
+        most = log.half_size * 3 // 8 if pieces else None
+        await recorder.sync_fresh(most)
         # Until the record is taken nothing more may come in that it has no room for.
         while recorder.changed + (cache.unlogged * 9 // 8 if pieces else 0) + 4096 > log.room:
             recorder.open_gate()
             await recorder.checkpoint()
             if pieces:
                 await self._destaging.thin_out(log.half_size // 4)
-            await recorder.sync_fresh()
+            await recorder.sync_fresh(most)
         try:
             if pieces:
                 self._flushes += 1

@@ -46,6 +46,7 @@ class Recorder:
         promised: Bytes of metadata that the changes on their way may dirty.
         unsynced: Data was written in place, and no record makes it durable yet.
         gate: If there is one, the map must not change until it is opened: a record is about to be taken.
+        most: Bytes that the cache may have for the log until then, if there is a limit.
         records: How many there were.
         checkpoints: How many of them had images.
     """
@@ -76,6 +77,7 @@ class Recorder:
         self.promised = 0
         self.unsynced = False
         self.gate: trio.Event | None = None
+        self.most: int | None = None
         self.records = 0
         self.checkpoints = 0
 
@@ -129,13 +131,16 @@ class Recorder:
 
     # Records. Whoever makes one has the turn.
 
-    async def sync_fresh(self) -> None:
-        """Makes plain clusters durable that the next record maps, and lets no more come until it is taken."""
+    async def sync_fresh(self, most: int | None = None) -> None:
+        """Makes plain clusters durable that the next record maps, and lets no more come until it is taken.
+
+        With `most` no more than so many bytes in the cache for the log either: a record of images has to hold them.
+        """
         fresh, self._changes.fresh = self._changes.fresh, False
         if not fresh or self._payload.external:
             # Nobody else is let in before the record is taken.
             return
-        self.gate = trio.Event()
+        self.gate, self.most = trio.Event(), most
         try:
             self.unsynced = False
             await self._failure.or_fail(self._storage.sync())
@@ -145,9 +150,10 @@ class Recorder:
 
     def open_gate(self) -> None:
         """The record is taken: the map may change again."""
-        gate, self.gate = self.gate, None
+        gate, self.gate, self.most = self.gate, None, None
         if gate is not None:
             gate.set()
+            self._room.unpark_all()
 
     def take(self, *, images: bool, pieces: bool = True) -> tuple[Record, list[tuple[int, int]], list[int]]:
         """What changed since the last record, for this one; with `images` all that is not in the file.

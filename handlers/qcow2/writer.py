@@ -265,7 +265,8 @@ class Writer:
     def _put(self, cluster: int, within: int, part: IoVec) -> None:
         """Takes a part of a cluster, or all of it, into the cache, or writes it in place."""
         length = part.nbytes
-        entry = self._cache.entries.get(cluster)
+        cache, most = self._cache, self._recorder.most
+        entry = cache.entries.get(cluster)
         if entry is None:
             host = self._place_of(cluster, within, length)
             if host:
@@ -273,12 +274,15 @@ class Writer:
                 self._recorder.unsynced = True
                 self._in_place += 1
                 return
+        if most is not None and cache.unlogged + cache.logged + length > most:
+            raise CacheFullError
+        if entry is None:
             entry = self._destaging.add(cluster, whole=length == self._cluster_size)
             self._misses += 1
         else:
             self._hits += 1
         part.copy_into(memoryview(entry.data)[within : within + length])
-        self._cache.mark(cluster, entry, within, length)
+        cache.mark(cluster, entry, within, length)
 
     def _place_of(self, cluster: int, within: int, length: int) -> int:
         """Offset of the host cluster if it can be written in place, else 0."""
