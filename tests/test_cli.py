@@ -97,7 +97,7 @@ def test_a_wrong_command_line(arguments: list[str], said: str) -> None:
         (["attach", "nothing:"], "no handler 'nothing'; installed: "),
         (["attach", "ram:", "--handler", "no_such_module:Disk"], "No module named 'no_such_module'"),
         (["attach", "ram:"], "ram has no size of its own: add --size"),
-        (["attach", "file:/no/such/file"], "/no/such/file: "),
+        (["resize", "file:/no/such/file", "--size", "1M"], "/no/such/file: "),
         (["create", "ram:", "--size", "1M"], "RamHandler has no storage to create"),
         (["info", "ram:"], "RamHandler has no info"),
         (["check", "ram:"], "RamHandler has no check"),
