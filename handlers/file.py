@@ -32,7 +32,8 @@ _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
 class FileHandler(BlockHandler):
     """Blocks are where they are in the file; what was never written, or was discarded, is a hole.
 
-    The file is locked (`flock`) while it is open: exclusively, or shared when read-only. What the page cache can do is
+    The file is locked (`flock`) while it is open: exclusively, or shared when read-only; a block device that is written
+    has no other user (`O_EXCL`), such as a file system that is mounted. What the page cache can do is
     done in the event loop, everything else by io_uring or in a few threads.
 
     Args:
@@ -44,7 +45,7 @@ class FileHandler(BlockHandler):
         direct: Go around the page cache (O_DIRECT).
 
     Raises:
-        OSError: From `open`: the path cannot be opened, or is locked (EWOULDBLOCK).
+        OSError: From `open`: the path cannot be opened, is locked (EWOULDBLOCK), or a block device in use (EBUSY).
         ValueError: From `open`: it is neither file nor block device, or its size does not fit.
     """
 
@@ -145,6 +146,9 @@ class FileHandler(BlockHandler):
         flags = (os.O_RDONLY if self.read_only else os.O_RDWR) | (os.O_DIRECT if self._direct else 0)
         # O_NONBLOCK means nothing to files and disks; but the opening of a FIFO would wait for its other end.
         flags |= os.O_CLOEXEC | os.O_NONBLOCK
+        if not self.read_only and self.path.is_block_device():
+            # Who has it mounted heeds no flock.
+            flags |= os.O_EXCL
         made = False
         try:
             fd = os.open(self.path, flags)
@@ -161,6 +165,12 @@ class FileHandler(BlockHandler):
                 ) from None
             fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o600)
             made = True
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise OSError(
+                errno.EBUSY, "is in use: unmount it, or take it out of what it is a part of", str(self.path)
+            ) from None
         try:
             self._lock(fd)
             if made:

@@ -77,6 +77,8 @@ def test_sizes_are_written_without_loss(size: int) -> None:
         (["attach", "ram:", "--block-size", "520"], "'520' is not one of"),
         (["attach", "ram:", "-o", "key"], "'key' is not of the form KEY=VALUE"),
         (["attach", "ram:", "-o", "a=1", "-o", "a=2"], "-o a is given twice"),
+        (["attach", "ram:", "--portal", "127.0.0.1:3261"], "--portal is for iSCSI: add --fabric iscsi"),
+        (["attach", "ram:", "--allow-network", "--fabric", "none"], "--allow-network is for iSCSI"),
         (["create", "ram:"], "Missing option '--size'"),
         (["nothing"], "No such command 'nothing'"),
         (["list", "--nothing"], "No such option"),

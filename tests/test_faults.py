@@ -240,6 +240,8 @@ def test_a_sense_code_as_text() -> None:
         ("write probability=2", "not between 0 and 1"),
         ("write range=2M-1M", "is empty"),
         ("write range=5", "two numbers"),
+        ("write delay=nan", "number of seconds"),
+        ("write,flush flip", "of what was read"),
         ("write range=1X-2X", "is not a number of bytes"),
         ("write store=some", "'some' is not a valid Store"),
     ],
@@ -247,6 +249,13 @@ def test_a_sense_code_as_text() -> None:
 def test_rules_that_mean_nothing(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=re.escape(why)):
         parse_rules(text)
+
+
+def test_who_comes_after_a_crash_finds_what_is_below(tmp_path: Path) -> None:
+    """A disk that was told to crash could not be served again: what it had stored was said to be gone."""
+    options = Options(extra={"rules": "write crash"})
+    assert Faulty.from_config(f"file:{tmp_path / 'disk'}", options).persistent
+    assert not Faulty.from_config("ram:", Options(size=SIZE)).persistent
 
 
 @given(st.text(alphabet="any read,write=.;0123/-EIOMskptrobablyhg", max_size=60))

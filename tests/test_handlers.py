@@ -124,6 +124,26 @@ async def test_a_block_device_is_a_disk(loop_device: Path) -> None:
         assert handler.size == MIB
 
 
+async def test_a_block_device_that_is_mounted_is_only_read(loop_device: Path, tmp_path: Path) -> None:
+    """It was served to be written, under the file system that was mounted on it."""
+    place = tmp_path / "mounted"
+    place.mkdir()
+    try:
+        subprocess.run(["mkfs.ext4", "-q", str(loop_device)], check=True)
+        subprocess.run(["mount", str(loop_device), str(place)], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"nothing can be mounted here: {error}")
+    try:
+        with pytest.raises(OSError, match="is in use: unmount it"):
+            await FileHandler(loop_device).open()
+        async with FileHandler(loop_device, read_only=True) as handler:
+            assert handler.size == MIB
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+    async with FileHandler(loop_device):
+        assert subprocess.run(["mount", str(loop_device), str(place)], capture_output=True, check=False).returncode
+
+
 # Opening, locking, creating.
 
 

@@ -1158,6 +1158,7 @@ def test_a_new_passphrase_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> Non
         (["info", "luks:/dev/null"], "neither a regular file"),
         (["create", "luks:x", "--size", "1M", "--block-size", "512"], "choose -o sector-size"),
         (["create", "luks:x", "--size", "1M", "-o", "iter-time=0"], "positive number"),
+        (["create", "luks:x", "--size", "1M", "-o", "key-size=257"], "number of bits, 256 or 512"),
     ],
 )
 def test_what_the_command_line_refuses(arguments: list[str], said: str) -> None:

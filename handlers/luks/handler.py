@@ -190,6 +190,8 @@ class LuksHandler(BlockHandler):
         elif sector_size != UNIT:
             raise ValueError(f"LUKS1 has sectors of {UNIT} bytes, not {sector_size}")
         check_cipher("aes-xts-plain64", key_size // 8, sector_size)
+        if key_size % 8:
+            raise ValueError(f"key-size is {key_size}; it is a number of bits, 256 or 512")
         if options.size % sector_size:
             raise ValueError(
                 f"{options.size} bytes are not a whole number of encryption sectors of {sector_size}: "

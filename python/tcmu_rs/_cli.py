@@ -284,6 +284,10 @@ def attach(
     """
     from . import _adoption, _attach, _serving, _supervise
 
+    given = click.get_current_context().get_parameter_source
+    for option in ("iqn", "portal", "allow_network"):
+        if device_options["fabric"] != "iscsi" and given(option) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{option.replace('_', '-')} is for iSCSI: add --fabric iscsi")
     kind = _find_class(spec[0], handler_class)
     handler_name, config = spec[0], kind.absolute_config(spec[1])
     if create and _adoption.is_there(_lio.device_config(handler_name, config)):

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import math
 import os
 import re
 import signal
@@ -103,6 +104,10 @@ class Rule:
             raise ValueError(f"there is no operation {', '.join(sorted(unknown))}: there are {', '.join(VERBS)}")
         if not 0 <= self.probability <= 1:
             raise ValueError(f"a probability of {self.probability} is not between 0 and 1")
+        if math.isnan(self.delay):
+            raise ValueError("a delay is a number of seconds")
+        if self.flip and "read" not in self.verbs:
+            raise ValueError("a bit is turned of what was read, and this is about other operations")
         if min(self.start, self.skip, self.times or 0, self.delay) < 0:
             raise ValueError(f"{self}: no number in it can be negative")
         if self.stop is not None and self.stop <= self.start:
@@ -166,6 +171,7 @@ class Faulty(BlockHandler):
         seed: int = 0,
         on_crash: Callable[[], object] = kill_process,
     ) -> None:
+        self.persistent = lower.persistent
         self._lower = Lower(lower)
         self._seed = seed
         self._on_crash = on_crash
