@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,14 @@ from typing import Any
 import trio
 
 from tcmu_rs import BlockHandler
+from tcmu_rs.handlers.qcow2 import space as space_module
+from tcmu_rs.handlers.qcow2.cache import UNIT
 from tcmu_rs.handlers.qcow2.handler import Qcow2Handler
 from tcmu_rs.handlers.qcow2.header import SECTOR
 from tcmu_rs.handlers.qcow2.snapshots import read_snapshots
 from tcmu_rs.handlers.qcow2.storage import Storage
 from tcmu_rs.handlers.qcow2.tables import COMPRESSED, OFFSET, Tables
+from tcmu_rs.handlers.qcow2.writer import _SLACK
 from tcmu_rs.testing.crash import Image, Medium
 
 
@@ -131,7 +135,7 @@ class RecordedStorage(Storage):
 
 
 def audit(disk: Qcow2Handler) -> None:
-    """Asserts that what is free for new data is free once, and that nothing in use is.
+    """Asserts that what is free for new data is free once, that nothing in use is, and that all counts are right.
 
     Who takes a place that is in use, or one that somebody else has got too, loses data, but only if the rest of the
     test happens to be unlucky; this needs no luck.
@@ -152,9 +156,17 @@ def audit(disk: Qcow2Handler) -> None:
     # Where sectors are not counted, the last cluster may be free as a whole, and the file end in the middle of it.
     end = -(-space.end // size) * size
     used = {sector: "what is not in the file" for sector in free if sector * SECTOR >= end}
+    clusters: Counter[int] = Counter()
+    sectors: Counter[int] = Counter()
+
+    def keep(offset: int, length: int, what: str) -> range:
+        found = range(offset // SECTOR, -(-(offset + length) // SECTOR))
+        used.update(dict.fromkeys(found, what))
+        return found
 
     def use(offset: int, length: int, what: str) -> None:
-        used.update(dict.fromkeys(range(offset // SECTOR, -(-(offset + length) // SECTOR)), what))
+        sectors.update(keep(offset, length, what))
+        clusters.update(range(offset // size, -(-(offset + max(length, 1)) // size)))
 
     def words(offset: int, length: int) -> list[tuple[int, int]]:
         """Those that are not 0, and their numbers."""
@@ -163,7 +175,9 @@ def audit(disk: Qcow2Handler) -> None:
         return [(number, word) for number, word in enumerate(found) if word]
 
     use(0, size, "the header")
-    use(image.log_range[0], image.log_range[1] - image.log_range[0], "the log")
+    keep(image.log_range[0], image.log_range[1] - image.log_range[0], "the log")
+    if header.crypt_header is not None:
+        use(*header.crypt_header, "the encryption header")
     use(header.refcount_offset, header.refcount_clusters * size, "the refcount table")
     for index, offset in words(header.refcount_offset, header.refcount_clusters * size):
         use(offset, size, f"refcount block {index}")
@@ -186,11 +200,22 @@ def audit(disk: Qcow2Handler) -> None:
                 elif entry & OFFSET and not image.payload.external:
                     use(tables.host(entry), size, what)
     for offset, length in changes.dropped:
-        use(offset, length or size, "what a record on its way still names")
+        keep(offset, length or size, "what a record on its way still names")
     for offset in changes.dropped_metadata:
-        use(offset, size, "metadata that the file still names")
+        keep(offset, size, "metadata that the file still names")
     taken = sorted(used.keys() & set(free))
     assert not taken, f"sector {taken[0]} is free, and belongs to {used[taken[0]]}"
+    for cluster in range(max(max(clusters) + 1, end // size)):
+        count = changes.refcounts.get(cluster)
+        assert count == clusters[cluster], f"host cluster {cluster}: {clusters[cluster]} users, its refcount is {count}"
+    for sector, count in sectors.items() if not space._unknown else ():
+        if space.knows(sector * SECTOR):
+            users = space._users[sector * SECTOR >> space_module._REGION_BITS][sector % space_module._REGION]
+            assert users >= min(count, 255), f"sector {sector}: {count} users, {users} are counted"
+    cache = writer._cache
+    for mask, count in (("logged", cache.logged), ("unlogged", cache.unlogged)):
+        assert count == UNIT * sum(getattr(entry, mask).bit_count() for entry in cache.entries.values()), mask
+    assert space._reserved == _SLACK * size + sum(entry.cost for entry in cache.entries.values())
 
 
 class Audited(Qcow2Handler):

@@ -13,13 +13,15 @@ import pytest
 
 from tcmu_rs import BlockHandler, IoVec, Lower
 from tcmu_rs.handlers.luks import LuksHandler
-from tcmu_rs.handlers.qcow2 import Qcow2Handler
+from tcmu_rs.handlers.qcow2 import Qcow2Handler, scanner, space, upkeep
 from tcmu_rs.handlers.qcow2 import log as log_module
 from tcmu_rs.handlers.qcow2.changes import Changes
 from tcmu_rs.handlers.qcow2.log import Record
+from tcmu_rs.handlers.qcow2.offline import change_map, resize
 from tcmu_rs.handlers.qcow2.pages import Pages
 from tcmu_rs.handlers.qcow2.recorder import Recorder
-from tcmu_rs.testing.crash import LostWrite, Medium, check_power_cuts, recorded_file
+from tcmu_rs.handlers.qcow2.storage import Storage
+from tcmu_rs.testing.crash import Cut, LostWrite, Medium, check_power_cuts, recorded_file
 
 from . import luks, qcow2
 from .conftest import Log
@@ -59,6 +61,28 @@ async def test_power_cuts(kind: str, seed: int, tmp_path: Path) -> None:
     assert summary.recoveries_cut
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("cluster", ["8k", "32k"])
+async def test_power_cuts_in_a_large_image(
+    cluster: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Large are images that are looked through while they are changed, and of which not all sectors are counted; large
+    # clusters are those of two regions. So what takes gigabytes is made small.
+    monkeypatch.setattr(upkeep, "_SMALL", 0)
+    monkeypatch.setattr(scanner, "_CLUSTERS_AT_ONCE", 2)
+    small = {"_REGION_BITS": 14, "_REGION": 32, "_MAX_REGIONS": 16, "_UNIT": 8, "_FRAGMENTED": 2, "_EXACT": 8}
+    for name, value in {**small, "_LARGE": bytes(8)}.items():
+        monkeypatch.setattr(space, name, value)
+    image = qcow2.make(tmp_path / "image", SIZE, "-o", f"cluster_size={cluster},compression_type=zstd")
+
+    def serve(medium: Medium) -> AbstractContextManager[BlockHandler]:
+        return qcow2.on_medium(medium, **{**SMALL, "cache_size": 256 << 10}, compress=True)
+
+    await check_power_cuts(
+        serve, image, seed=seed, lives=4, cuts=8, operations=150, garbage=0.1, spared={0}, judge=qcow2.judge
+    )
+
+
 async def test_what_recovery_frees_is_free_once(tmp_path: Path) -> None:
     # What was freed when the clusters in the log were written back was free, and was found to be free when the image
     # was looked through after that. So two got the same place.
@@ -78,6 +102,60 @@ async def test_what_recovery_frees_is_free_once(tmp_path: Path) -> None:
             assert isinstance(handler, Qcow2Handler)
             assert handler.was_replayed
             assert handler.statistics()["free_bytes"]
+
+
+async def test_what_recovery_would_not_read_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    # A snapshot of a disk of many TiB has more tables in its record than are decompressed. The record was written and
+    # then the tables in place, and after a power cut some of these were new and others old.
+    monkeypatch.setattr(log_module, "_MAX_PAGES", 16 << 10)
+    path = tmp_path / "image"
+    medium = Medium(qcow2.make(path, 16 << 20, "-o", "cluster_size=4k"))
+
+    def storage(name: Path, *, writable: bool) -> Storage:
+        return qcow2.RecordedStorage(medium, path)
+
+    async with Qcow2Handler(path, idle=None, storage=storage) as disk:
+        for table in range(8):
+            await disk.write(table << 21, IoVec([b"x" * 4096]))
+            await disk.flush()
+            await disk._writer._commits.checkpoint()  # type: ignore[union-attr]
+    start = len(medium.history)
+    with pytest.raises(OSError, match="are too many for a record"):
+        await change_map(path, lambda branching: branching.create_snapshot("one"), storage=storage)
+    for after in range(start, len(medium.history), 4):
+        medium.after(Cut(after, "all", 0, 0.0, frozenset({0}))).save(path)
+        async with Qcow2Handler(path, idle=None):
+            pass
+        qcow2.check(path)
+    log.records.clear()
+
+
+@pytest.mark.parametrize("version", ["0.10", "1.1"])
+async def test_growing_over_a_larger_backing_file_shows_nothing_of_it(version: str, tmp_path: Path) -> None:
+    # The size was changed first, and then what is below was covered. A power cut between left a disk that showed it,
+    # and to grow it once more did nothing, as it had that size.
+    path, below = tmp_path / "image", tmp_path / "base"
+    below.write_bytes(b"below" * SIZE)
+    old = 64 << 10
+    medium = Medium(qcow2.make(path, old, "-b", below, "-F", "raw", "-o", f"cluster_size=4k,compat={version}"))
+
+    def storage(name: Path, *, writable: bool) -> Storage:
+        return qcow2.RecordedStorage(medium, path) if Path(name) == path else Storage(name, writable=writable)
+
+    await resize(path, SIZE, storage=storage)
+    events = len(medium.history)
+    sizes = set()
+    for after in [*range(1, events, max(1, events // 40)), events]:
+        medium.after(Cut(after, "all", 0, 0.0, frozenset({0}))).save(path)
+        async with Qcow2Handler(path, idle=None) as disk:
+            sizes.add(disk.size)
+            found = bytearray(disk.size - old)
+            await disk.read(old, IoVec([found]))
+            assert not any(found)
+        qcow2.check(path)
+    assert sizes == {old, SIZE}
 
 
 @pytest.mark.parametrize("kind", ["plain", "compressed"])

@@ -199,6 +199,47 @@ async def test_an_idle_disk_tries_again_to_write_back(
     check(path)
 
 
+async def test_a_flush_waits_for_nobody_who_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wrote as fast as it wrote back, to have less for the log. While it made room for the last resort, to do it
+    alone, everything was written back in the background. Then it waited for those who had done it, for ever.
+    """
+    path = tmp_path / "image"
+    create(path, MIB, cluster_size=8192)
+    async with Qcow2Handler(path, compress=True, idle=None, log_size=256 << 10) as disk:
+        for number in range(20):
+            await disk.write(number * 8192, IoVec([bytes([number]) * 8192]))
+        writer = disk._writer
+        assert writer is not None
+        destaging, recorder = writer._destaging, writer._recorder
+        destage, afford = destaging.destage, recorder.afford
+
+        async def as_if_others_wrote(*, locked: bool) -> None:
+            """There is as much as before."""
+
+        async def in_the_background(worst: int, *, locked: bool = False) -> None:
+            recorder.afford = afford  # type: ignore[method-assign]
+            await destage()
+
+        done = trio.Event()
+
+        async def flush() -> None:
+            await disk.flush()
+            done.set()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(destaging, "destage", as_if_others_wrote)
+            patch.setattr(recorder, "afford", in_the_background)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(flush)
+                with trio.move_on_after(5):
+                    await done.wait()
+                in_time = done.is_set()
+                writer._room.unpark_all()
+        assert in_time
+        assert not disk.statistics()["dirty_bytes"]
+    check(path)
+
+
 async def test_a_checkpoint_that_fails_is_no_success(tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last part goes on behind, and a snapshot was said to be there when that had failed."""
     path = tmp_path / "image"

@@ -87,6 +87,11 @@ class Branching:
 
     def resize(self, size: int) -> None:
         """Changes the size of the disk; what is behind a smaller one is zero already."""
+        self.make_room(size)
+        self._set_size(size)
+
+    def make_room(self, size: int) -> None:
+        """Has a map for a disk of this size, which can be written from now on, and is not seen before `resize`."""
         entries = self._header.l1_needed(size)
         if entries > _MAX_L1:
             raise Qcow2Error(f"{size} bytes are too many for clusters of {1 << self._bits}")
@@ -95,7 +100,7 @@ class Branching:
             old, old_entries = tables.l1_offset, tables.l1_entries
             self._set_l1(self._copy_l1(tables, entries), entries)
             self._drop_clusters(old, old_entries * 8)
-        self._set_size(size)
+        self._image.size = max(self._image.size, size)
 
     def _begin(self) -> None:
         self._space.forget_sectors()

@@ -187,8 +187,10 @@ def _replay(
                 raise Qcow2Error(f"{file.path}: a record of the log is not of this image")
             pieces.setdefault(offset >> header.cluster_bits, []).append((within, data))
     header = parse(pages.read(0, header.cluster_size))
-    if any(cluster << header.cluster_bits >= header.size for cluster in pieces):
+    if any(cluster >> header.l2_bits >= header.l1_entries for cluster in pieces):
         raise Qcow2Error(f"{file.path}: a record of the log is not of this image")
+    # What is behind the end was written to make the disk larger, which was not finished.
+    pieces = {cluster: parts for cluster, parts in pieces.items() if cluster << header.cluster_bits < header.size}
     before = file.pread(header.log.offset + SAVED_SECTOR, SECTOR) if header.log else b""
     if before[:7] != MAGIC + bytes(3) or before[7] not in (2, 3):
         raise Qcow2Error(f"{file.path}: the log of the image is damaged: it does not have the header")

@@ -188,7 +188,7 @@ class Destaging:
             batch = [pair for pair in cache.entries.items() if self._is_idle(*pair)][: self.batch]
             if batch:
                 self._write_back_now(batch)
-            else:
+            elif cache.unlogged + cache.logged > limit:
                 await self._room.park()
 
     async def rewrite(self, clusters: Sequence[int]) -> int:

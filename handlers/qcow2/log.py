@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 import zlib
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ _PIECE = struct.Struct("<QI")
 _COMPRESSED = 1
 _WORTH_COMPRESSING = 4096
 _MAX_PAGES = 512 << 20
+"""Bytes of the pages of a record that are decompressed, whatever it says."""
 _AT_ONCE = 1 << 20
 
 PageChange = tuple[int, int, bytes]
@@ -71,12 +73,17 @@ def encode(
         page_size: Of metadata.
         at: Where it will be in the file.
         cipher: For the pieces, whose sectors get the numbers of those that the record is in.
+
+    Raises:
+        OSError: There are more pages than recovery would read (EFBIG).
     """
     mask_size = page_size // 64
     parts: list[bytes] = []
     for number, mask, words in record.pages:
         parts += (_U64.pack(number), mask.to_bytes(mask_size, "little"), words)
     pages = b"".join(parts)
+    if len(pages) > _MAX_PAGES:
+        raise OSError(errno.EFBIG, f"{len(pages)} bytes of tables are too many for a record, {_MAX_PAGES} can be")
     flags = 0
     if len(pages) > _WORTH_COMPRESSING:
         pages = zstandard.ZstdCompressor(level=1).compress(pages)

@@ -281,10 +281,11 @@ async def resize(path: str | os.PathLike[str], size: int, *, shrink: bool = Fals
         try:
             if size < old:
                 await writer.write_zeroes(size, old - size)
-            await writer.branch(lambda branching: branching.resize(size))
-            if size > old and below > old:
-                # What is below must not come to light.
+            elif size > old and below > old:
+                # What is below must not come to light, not even if this ends in the middle.
+                await writer.branch(lambda branching: branching.make_room(size))
                 await writer.write_zeroes(old, min(size, below) - old)
+            await writer.branch(lambda branching: branching.resize(size))
         finally:
             await writer.close()
     finally:
