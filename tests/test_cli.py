@@ -97,7 +97,7 @@ def test_a_wrong_command_line(arguments: list[str], said: str) -> None:
         (["attach", "nothing:"], "no handler 'nothing'; installed: "),
         (["attach", "ram:", "--handler", "no_such_module:Disk"], "No module named 'no_such_module'"),
         (["attach", "ram:"], "ram has no size of its own: add --size"),
-        (["attach", "file:/no/such/file"], "/no/such/file: "),
+        (["resize", "file:/no/such/file", "--size", "1M"], "/no/such/file: "),
         (["create", "ram:", "--size", "1M"], "RamHandler has no storage to create"),
         (["info", "ram:"], "RamHandler has no info"),
         (["check", "ram:"], "RamHandler has no check"),
@@ -123,6 +123,31 @@ def test_a_machine_without_a_target_is_said(tmp_path: Path) -> None:
     result = run("attach", "ram:", "--size", "1M")
     assert "configfs is not mounted" in error_of(result)
     assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--name", "bad!"], "invalid device name 'bad!'"),
+        (["--wwn", "x"], "invalid wwn 'x'"),
+        (["--max-sectors", "-5"], "invalid max_sectors -5"),
+        (["--fabric", "iscsi", "--portal", "nonsense"], "invalid portal 'nonsense'"),
+        (["--fabric", "iscsi", "--portal", "192.0.2.1:3260"], "--allow-network"),
+        (["--fabric", "iscsi", "--iqn", "disk"], "invalid target name 'disk'"),
+        pytest.param(
+            [],
+            "configfs is not mounted",
+            marks=pytest.mark.skipif(Path("/sys/kernel/config").is_mount(), reason="this machine has configfs"),
+        ),
+    ],
+)
+def test_what_is_refused_has_not_made_its_storage(tmp_path: Path, arguments: list[str], said: str) -> None:
+    """The file was made before anybody had looked at the rest of the command line."""
+    path = tmp_path / "disk.img"
+    result = run("attach", f"file:{path}", "--size", "1M", "--create", *arguments)
+    assert said in error_of(result)
+    assert result.exit_code == 1
+    assert not path.exists()
 
 
 def test_create_makes_the_file(tmp_path: Path) -> None:

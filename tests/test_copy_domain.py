@@ -308,6 +308,29 @@ async def test_a_copy_waits_for_one_exchange_after_the_other() -> None:
         (await one.scsi(*extended_copy(one, other, 0, 0, 1))).check()
 
 
+async def test_two_disks_that_copy_to_each_other_are_exchanged_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    """Each waits for its own copy to end, which needs the other disk."""
+    domain = CopyDomain()
+    handlers = [Memory(), Memory()]
+    gate = trio.Event()
+    for handler in handlers:
+        handler.gate = gate
+    async with (
+        simulated(handlers[0], name="one", copy_domain=domain) as one,
+        simulated(handlers[1], name="other", copy_domain=domain) as other,
+    ):
+        there = one.submit(*extended_copy(one, other, 0, 0, 1))
+        back = other.submit(*extended_copy(other, one, 8, 8, 1))
+        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            for disk in (one, other):
+                nursery.start_soon(disk.device.replace, Memory())
+            await trio.testing.wait_all_tasks_blocked()
+            gate.set()
+        (await one.wait(there)).check()
+        (await other.wait(back)).check()
+
+
 async def test_statistics_show_a_piece_that_takes_long() -> None:
     domain = CopyDomain()
     source, target = Memory(), Memory()

@@ -17,6 +17,7 @@ import tcmu_rs
 from tcmu_rs import IoVec, RingCorruptError, _native
 from tcmu_rs._runtime import Device
 from tcmu_rs._service import serve_ring
+from tcmu_rs._workers import Workers
 from tcmu_rs.testing import CAP_KEEP_BUF, CAP_OOOC, CAP_READ_LEN, CAP_TMR, SimulatedDisk, simulated
 
 from .conftest import Log
@@ -74,6 +75,20 @@ async def test_workers_do_not_multiply() -> None:
             handler.open_gate(block)
         for ticket in tickets:
             await disk.wait(ticket)
+
+
+async def test_nobody_is_hired_when_all_have_left() -> None:
+    """A transfer may end between the end of the last worker and that of the nursery, which is closed by then."""
+
+    async def work() -> None:
+        workers.leave()
+
+    workers = Workers(work, "worker")
+    workers.limit = 2
+    async with trio.open_nursery() as workers.nursery:
+        workers.hire()
+    workers.call(1)
+    assert workers.count == 0
 
 
 @pytest.mark.parametrize("depth", [1, 3])

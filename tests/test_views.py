@@ -16,6 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 import tcmu_rs
 from tcmu_rs import IoVec
+from tcmu_rs._kept import Kept
 from tcmu_rs.testing import CAP_KEEP_BUF, CAP_OOOC, CAP_READ_LEN, CAP_TMR, SimulatedDisk, simulated
 
 from .conftest import Log
@@ -157,6 +158,23 @@ async def test_views_of_written_data_are_kept_too(log: Log) -> None:
         assert handler.kept.readonly
         assert handler.kept.tobytes() == b"w" * BLOCK
         handler.kept = None
+        await wait_all_tasks_blocked()
+        assert disk.kernel.kept() == []
+
+
+async def test_a_view_that_goes_just_before_it_is_first_waited_for(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in another thread, after the look at what has gone."""
+    handler = Keeper(lambda iov: iov[0])
+    wait = Kept.wait
+
+    async def late(self: Kept) -> None:
+        handler.kept = ()
+        await wait(self)
+
+    monkeypatch.setattr(Kept, "wait", late)
+    async with simulated(handler) as disk:
+        await disk.read(0, BLOCK)
+        log.expect("kept 1 views")
         await wait_all_tasks_blocked()
         assert disk.kernel.kept() == []
 

@@ -207,6 +207,11 @@ async def attach(
         ring_mb=ring_mb,
         cmd_time_out=cmd_time_out,
     )
+    # Before the storage is opened, which may make it.
+    shape.check()
+    if fabric == "iscsi":
+        _lio.check_iscsi(iqn, portal, allow_network=allow_network)
+    await _blocking(_lio.prepare)
     inherited = None
     claiming: Callable[[], _adoption.Claim | None] | None = partial(shape.claim, handler) if adopt else None
     if _succession is not None:
@@ -500,6 +505,13 @@ class _Shape:
         self._options = options
         self._wwn = wwn
         self._limits = limits
+
+    def check(self) -> None:
+        """Refuses what the kernel cannot carry, as far as that is known without the storage."""
+        if self._name is not None:
+            _lio.check_name(self._name)
+        _lio.device_config(self._handler, self._config)
+        _lio.check_limits(self._wwn, **{key: limit for key, limit in self._limits.items() if key != "cmd_time_out"})
 
     def claim(self, handler: Handler) -> _adoption.Claim | None:
         """Claims the device that a dead process has left, if there is one, and fences it."""

@@ -36,6 +36,8 @@ class Kept:
             "%s: %s() kept %d views of a command's data after it returned; their memory stays in use",
             self._name, method, cmd.lent,
         )  # fmt: skip
+        # Who has the last view may be another thread, between a look at what has gone and the first wait.
+        self._ring.wake_fileno()
 
     async def wait(self) -> None:
         """Returns when views may have gone."""

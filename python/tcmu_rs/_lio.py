@@ -220,7 +220,14 @@ def _check_size(size: int, block_size: int) -> None:
         raise InvalidRequestError(f"invalid size {size}", "the limit is 2^63 - 1 bytes")
 
 
-def _check_positive(**values: int | None) -> None:
+def check_limits(wwn: str | None, **values: int | None) -> None:
+    """Refuses what `create_backstore` would: a serial number that is none, and limits that are not positive.
+
+    Raises:
+        InvalidRequestError: Naming the input and what is allowed.
+    """
+    if wwn is not None:
+        _check_wwn(wwn)
     for key, value in values.items():
         if value is not None and not 0 < value < 1 << 31:
             # data_pages_per_blk=0 divides by zero in the kernel, with a lock held.
@@ -286,6 +293,25 @@ def parse_portal(portal: str) -> tuple[str, int, bool]:
     return host, port, address.is_loopback
 
 
+def check_iscsi(iqn: str | None, portal: str, *, allow_network: bool) -> tuple[str, int]:
+    """Refuses what `expose_iscsi` would. Returns the portal's address and port.
+
+    Raises:
+        InvalidRequestError: Naming the input and what is allowed.
+    """
+    host, port, local = parse_portal(portal)
+    if not local and not allow_network:
+        raise InvalidRequestError(
+            f"portal {portal} can be reached by other machines, and the disk would be theirs to write",
+            "use 127.0.0.1 or [::1], or say that you mean it: --allow-network, allow_network=True",
+        )
+    if iqn is not None and not _IQN.fullmatch(iqn.lower()):
+        raise InvalidRequestError(
+            f"invalid target name {iqn!r}", "use iqn.YYYY-MM.DOMAIN:TEXT, as in iqn.2026-01.org.example:disk"
+        )
+    return host, port
+
+
 # Access to configfs
 
 
@@ -336,8 +362,13 @@ def _read(path: Path) -> str:
     return os.fsdecode(path.read_bytes()).removesuffix("\n")
 
 
-def _prepare() -> None:
-    """Makes sure that the target core is there."""
+@own_errors
+def prepare() -> None:
+    """Makes sure that the target core is there.
+
+    Raises:
+        LioError: It cannot be had.
+    """
     if _CORE.is_dir():
         return
     config = TARGET.parent
@@ -500,14 +531,13 @@ def create_backstore(
     candidates = iter([name]) if isinstance(name, str) else name
     dev_config = device_config(handler, config)
     _check_size(size, block_size)
-    _check_positive(
+    check_limits(
+        wwn,
         max_sectors=max_sectors,
         ring_mb=ring_mb,
         data_area_mb=data_area_mb,
         data_pages_per_block=data_pages_per_block,
     )
-    if wwn is not None:
-        _check_wwn(wwn)
     if max_sectors is not None:
         max_sectors = whole_pages(max_sectors, block_size)
 
@@ -524,7 +554,7 @@ def create_backstore(
     }
     attributes = {"cmd_time_out": cmd_time_out, "qfull_time_out": qfull_time_out}
 
-    _prepare()
+    prepare()
     with ExitStack() as undo:
         name, hba = _take_name(candidates, undo)
         backstore = Backstore(name, hba, wwn or default_wwn(name, dev_config))
@@ -641,12 +671,9 @@ def expose_iscsi(
     Raises:
         InvalidRequestError: The portal is malformed, or can be reached from outside without `allow_network`.
     """
-    host, port, local = parse_portal(portal)
-    if not local and not allow_network:
-        raise InvalidRequestError(
-            f"portal {portal} can be reached by other machines, and the disk would be theirs to write",
-            "use 127.0.0.1 or [::1], or say that you mean it: --allow-network, allow_network=True",
-        )
+    # rtslib writes names in small letters, and refuses those that its pattern does not fit.
+    iqn = (iqn or target_wwn("iscsi", backstore.wwn)).lower()
+    host, port = check_iscsi(iqn, portal, allow_network=allow_network)
 
     def configure(portal_group: Any) -> None:
         for key, value in _DEMO_MODE.items():
@@ -654,12 +681,6 @@ def expose_iscsi(
         portal_group.enable = True
         _rtslib().NetworkPortal(portal_group, host, port, mode="create")
 
-    # rtslib writes names in small letters, and refuses those that its pattern does not fit.
-    iqn = (iqn or target_wwn("iscsi", backstore.wwn)).lower()
-    if not _IQN.fullmatch(iqn):
-        raise InvalidRequestError(
-            f"invalid target name {iqn!r}", "use iqn.YYYY-MM.DOMAIN:TEXT, as in iqn.2026-01.org.example:disk"
-        )
     return _expose(backstore, Exposure("iscsi", iqn), configure)
 
 

@@ -156,8 +156,7 @@ class Device:
         Args:
             cmd: The copy.
             verb: What the piece does.
-            foreign: The copy is another device's, and waits while the handler of this one is exchanged. That itself
-                waits for the copies of this one.
+            foreign: The copy is another device's, and waits while the handler of this one is exchanged.
         """
         # Another exchange may begin before the end of one is heard of here.
         while foreign and not self._unparked.is_set():
@@ -192,7 +191,7 @@ class Device:
             raise ValueError("a handler cannot replace itself")
         async with self._parking():
             with trio.fail_after(within):
-                await self._engine.quiesce()
+                await self._quiesce()
                 if has(self.handler, "flush"):
                     await self._engine.invoke("flush")
             try:
@@ -235,7 +234,7 @@ class Device:
             )
         async with self._parking():
             with trio.fail_after(within):
-                await self._engine.quiesce()
+                await self._quiesce()
             if size != self.size:
                 with trio.CancelScope(shield=True):
                     await self._set_size(size)
@@ -265,7 +264,7 @@ class Device:
             raise TypeError(f"{type(self.handler).__name__} has no snapshots in service: detach {self.name} first")
         async with self._parking():
             with trio.fail_after(within):
-                await self._engine.quiesce()
+                await self._quiesce()
             with trio.CancelScope(shield=True):
                 await self._engine.invoke("change_snapshots", action, name)
 
@@ -302,7 +301,6 @@ class Device:
             self._exchange.acquire_nowait()
         except trio.WouldBlock:
             raise trio.BusyResourceError(f"{self.name}: another change is under way") from None
-        self._unparked = trio.Event()
         self._engine.park()
         try:
             yield
@@ -311,6 +309,11 @@ class Device:
             self._unparked.set()
             self._engine.unpark(self.handler if self.handler is not before else None)
             self._exchange.release()
+
+    async def _quiesce(self) -> None:
+        await self._engine.quiesce()
+        # Not before: others' copies have to go on, for they are waited for there, maybe by one that we wait for here.
+        self._unparked = trio.Event()
 
     # The whole life.
 

@@ -17,7 +17,7 @@ class Workers:
     Attributes:
         count: How many there are.
         limit: How many there may be.
-        nursery: Where they live; None before, and then nobody is hired.
+        nursery: Where they live; None before and after that, and then nobody is hired.
     """
 
     def __init__(self, work: Callable[[], Awaitable[None]], name: str) -> None:
@@ -44,8 +44,10 @@ class Workers:
             self.nursery.start_soon(self._work, name=self._name)
 
     def leave(self) -> None:
-        """The calling one is over."""
+        """The calling one is over. After the last one nobody is hired: the nursery takes no more tasks then."""
         self.count -= 1
+        if not self.count:
+            self.nursery = None
 
     async def rest(self) -> None:
         """The calling one has nothing to do until it is called."""
