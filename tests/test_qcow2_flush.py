@@ -202,7 +202,7 @@ async def test_an_idle_disk_tries_again_to_write_back(
 async def test_what_comes_while_clusters_are_made_durable_has_room_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was written while a flush waited for an fdatasync was in its record, too: up to all of a half of the log. The
+    """What was written while a flush waited for an fdatasync was in its record, too: up to a whole half of the log. The
     next record of images had no room for that beside the tables, the disk was dead, and could not be opened again.
     """
     path = tmp_path / "image"
@@ -235,7 +235,7 @@ async def test_what_comes_while_clusters_are_made_durable_has_room_in_the_log(
             await trio.testing.wait_all_tasks_blocked()
             before, unlogged = written, writer._cache.unlogged
             go_on.set()
-        assert 10 < before and unlogged <= writer._session.log.half_size * 3 // 8
+        assert before > 10 and unlogged <= writer._session.log.half_size * 3 // 8
         assert written == 99
         await disk.flush()
         found = bytearray(8192)
