@@ -16,8 +16,10 @@ import trio.testing
 from tcmu_rs import IoVec
 from tcmu_rs.handlers.qcow2 import Qcow2Handler, Storage, create
 from tcmu_rs.handlers.qcow2.branching import Branching
+from tcmu_rs.handlers.qcow2.cache import Cache
 from tcmu_rs.handlers.qcow2.log import Log as Records
 from tcmu_rs.handlers.qcow2.packing import Packer
+from tcmu_rs.handlers.qcow2.pages import Pages
 from tcmu_rs.testing import simulated
 
 from .conftest import Log
@@ -123,9 +125,10 @@ async def test_a_cancelled_flush_is_seen_through(tmp_path: Path, receiver: int, 
     check(image.path)
 
 
+@pytest.mark.parametrize("part", [(Records, "encode"), (Pages, "take_changes"), (Cache, "take_pieces")])
 @pytest.mark.parametrize("clusters", [1, 60], ids=["at once", "in a thread"])
 async def test_a_record_that_cannot_be_made_is_not_left_out(
-    tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, clusters: int
+    tmp_path: Path, log: Log, monkeypatch: pytest.MonkeyPatch, clusters: int, part: tuple[type, str]
 ) -> None:
     """What was taken for it would be in no record: the next flush must not say that all is durable."""
     path = tmp_path / "image"
@@ -137,7 +140,7 @@ async def test_a_record_that_cannot_be_made_is_not_left_out(
     for number in range(clusters):
         await disk.write(number * 8192, IoVec([b"b" * BLOCK]))
     with monkeypatch.context() as patch:
-        patch.setattr(Records, "encode", no_memory)
+        patch.setattr(*part, no_memory)
         with pytest.raises(MemoryError):
             await disk.flush()
     for change in (disk.flush, disk.aclose):
@@ -151,7 +154,7 @@ async def test_a_record_that_cannot_be_made_is_not_left_out(
     log.records.clear()
 
 
-def no_memory(*_: object) -> bytes:
+def no_memory(*_: object, **__: object) -> bytes:
     raise MemoryError
 
 

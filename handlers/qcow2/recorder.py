@@ -164,6 +164,14 @@ class Recorder:
             The record, places for `release` when it is durable, and clusters of metadata that are free when all of it
             is in the tables.
         """
+        try:
+            return self._take(images=images, pieces=pieces)
+        except Exception as error:
+            # What was taken until then is in no record.
+            self._failure.fail(OSError(errno.EIO, repr(error)))
+            raise
+
+    def _take(self, *, images: bool, pieces: bool) -> tuple[Record, list[tuple[int, int]], list[int]]:
         changes = self._changes
         record = Record(self._pages.take_changes(images=images), sorted(changes.settled))
         record.extents = [(offset, length, crc) for offset, (length, crc) in changes.extents.items()]
