@@ -157,6 +157,7 @@ async def test_a_crash_is_one_of_what_is_under_way_too(autojump_clock: trio.test
                 nursery.start_soon(send, "write", 4096, IoVec([b"x" * 65536]))
                 await trio.sleep(1)
                 nursery.start_soon(send, "flush")
+                await trio.sleep(1)
                 nursery.start_soon(send, "extents", 0, 4096)
         assert answered == []
         assert bytes(ram._data) == bytes(SIZE)

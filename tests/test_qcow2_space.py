@@ -83,7 +83,7 @@ def test_nothing_is_known_of_a_region_that_had_something_in_it_before() -> None:
 def test_what_a_record_on_its_way_frees_is_not_found_free_before() -> None:
     # A cluster of 2 MiB whose last frame was discarded while the image was looked through: its refcount was 0 already,
     # so all of it was free at once, and once more when the record was durable. Two clusters got the same place.
-    space = Space(cast("Any", None), 21, 4 * MIB, packed=True)
+    space = Space(FILE, 21, 4 * MIB, packed=True)
     space.begin_scan()
     space.use(2 * MIB, 1000)
     for cluster in (0, 2 * MIB):
