@@ -249,8 +249,9 @@ class Space:
         at = self.end
         self.end += length
         if self.packed:
-            # In one that begins before there may be something that was never counted.
-            for region in range(-(-at >> _REGION_BITS), ((self.end - 1) >> _REGION_BITS) + 1):
+            # In one that begins before, or whose cluster does, there may be something that was never counted.
+            whole = max(1 << _REGION_BITS, self._cluster_size)
+            for region in range(-(-at // whole) * whole >> _REGION_BITS, ((self.end - 1) >> _REGION_BITS) + 1):
                 if region not in self._users and len(self._users) < _MAX_REGIONS:
                     self._users[region] = bytearray(_REGION)
         return at
